@@ -1,0 +1,209 @@
+"""Attention: one door, `attend`, with three backends behind it, and the module that makes q, k and v.
+
+Letters: B batch, T queries, S keys, N query heads, K key-value heads, G = N / K queries per key-value head,
+H head_dim, D width of the queries' side, E width of the keys' side (the encoder's in cross-attention).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from twofold.config import StackConfig
+from twofold.models.cache import KeyValues
+from twofold.models.layers import RMSNorm, rotate
+from twofold.models.masks import AttentionMask
+
+Backend = Literal["auto", "eager", "sdpa", "flex"]
+RopeTables = tuple[Tensor, Tensor]
+
+
+def attend(
+    q_BNTH: Tensor,
+    k_BKSH: Tensor,
+    v_BKSH: Tensor,
+    mask: AttentionMask,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    dropout_p: float = 0.0,
+    backend: Backend = "auto",
+) -> Tensor:
+    """softmax(softcap(scale * q k^T) where visible) v, for grouped heads.
+
+    Args:
+        softcap: scores become `softcap * tanh(scores / softcap)` before the mask; None for no cap.
+        dropout_p: share of attention weights dropped; pass 0 outside training.
+        backend: `eager` is the reference, with a float32 softmax. `sdpa` is PyTorch's fused kernel; it has no
+            soft-cap. `flex` is FlexAttention, made for CUDA: soft-caps and windows without a T x S tensor; no
+            dropout, and on CPU no gradient. `auto`: `sdpa` where it can, else `flex` on CUDA, else `eager`.
+
+    Returns:
+        [B, N, T, H] in the dtype of q. A query that sees no key gives zeros.
+
+    Raises:
+        ValueError: the backend is unknown or cannot do what is asked of it.
+    """
+    if backend == "auto":
+        if softcap is None:
+            backend = "sdpa"
+        elif q_BNTH.is_cuda and dropout_p == 0.0:
+            backend = "flex"
+        else:
+            backend = "eager"
+    if backend == "eager":
+        return _eager(q_BNTH, k_BKSH, v_BKSH, mask, scale, softcap, dropout_p)
+    if backend == "sdpa":
+        if softcap is not None:
+            raise ValueError(
+                f"attention backend 'sdpa' has no soft-cap, and this model caps scores at {softcap}; "
+                "use 'eager' or 'flex'"
+            )
+        return _sdpa(q_BNTH, k_BKSH, v_BKSH, mask, scale, dropout_p)
+    if backend == "flex":
+        if dropout_p > 0.0:
+            raise ValueError(
+                f"attention backend 'flex' has no dropout, got {dropout_p}; use 'eager', or set it to 0"
+            )
+        needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (q_BNTH, k_BKSH, v_BKSH))
+        if needs_grad and not q_BNTH.is_cuda:
+            raise ValueError(
+                "attention backend 'flex' has no gradient on CPU; use 'eager' or 'sdpa' to train there"
+            )
+        return _flex(q_BNTH, k_BKSH, v_BKSH, mask, scale, softcap)
+    raise ValueError(f"unknown attention backend {backend!r}; use one of {', '.join(get_args(Backend))}")
+
+
+def _eager(
+    q_BNTH: Tensor,
+    k_BKSH: Tensor,
+    v_BKSH: Tensor,
+    mask: AttentionMask,
+    scale: float,
+    softcap: float | None,
+    dropout_p: float,
+) -> Tensor:
+    n_groups = q_BNTH.shape[1] // k_BKSH.shape[1]
+    k_BNSH, v_BNSH = (x.repeat_interleave(n_groups, dim=1) for x in (k_BKSH, v_BKSH))
+    scores_BNTS = (q_BNTH @ k_BNSH.transpose(-1, -2)).float() * scale
+    if softcap is not None:
+        scores_BNTS = softcap * torch.tanh(scores_BNTS / softcap)
+    visible = mask.dense[:, None]
+    # The lowest number instead of -inf: a row that sees nothing becomes uniform, not NaN, and is zeroed below.
+    scores_BNTS = scores_BNTS.masked_fill(~visible, torch.finfo(torch.float32).min)
+    weights_BNTS = scores_BNTS.softmax(dim=-1).masked_fill(~visible, 0.0)
+    weights_BNTS = F.dropout(weights_BNTS, dropout_p)
+    return weights_BNTS.to(q_BNTH.dtype) @ v_BNSH
+
+
+def _sdpa(
+    q_BNTH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, mask: AttentionMask, scale: float, dropout_p: float
+) -> Tensor:
+    options: dict[str, Any] = {
+        "scale": scale,
+        "dropout_p": dropout_p,
+        "enable_gqa": q_BNTH.shape[1] != k_BKSH.shape[1],
+    }
+    if mask.hides_nothing:
+        return F.scaled_dot_product_attention(q_BNTH, k_BKSH, v_BKSH, **options)
+    if mask.is_plain_causal:
+        return F.scaled_dot_product_attention(q_BNTH, k_BKSH, v_BKSH, is_causal=True, **options)
+    visible = mask.dense[:, None]
+    sees_a_key = visible.any(dim=-1, keepdim=True)
+    # What kernels return for a row without keys differs (zeros, NaN): let it see all, then zero it.
+    attended = F.scaled_dot_product_attention(
+        q_BNTH, k_BKSH, v_BKSH, attn_mask=visible | ~sees_a_key, **options
+    )
+    return attended * sees_a_key
+
+
+@lru_cache
+def _compiled_flex() -> Callable[..., Tensor]:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    compiled: Callable[..., Tensor] = torch.compile(flex_attention, dynamic=True)
+    return compiled
+
+
+def _flex(
+    q_BNTH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, mask: AttentionMask, scale: float, softcap: float | None
+) -> Tensor:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    def capped(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        assert softcap is not None
+        return softcap * torch.tanh(score / softcap)
+
+    # On CPU the uncompiled form: it is there to check the masks, not to be fast.
+    run: Any = _compiled_flex() if q_BNTH.is_cuda else flex_attention
+    out: Tensor = run(
+        q_BNTH,
+        k_BKSH,
+        v_BKSH,
+        score_mod=None if softcap is None else capped,
+        block_mask=mask.block_mask,
+        scale=scale,
+        enable_gqa=q_BNTH.shape[1] != k_BKSH.shape[1],
+    )
+    return out
+
+
+class Attention(nn.Module):
+    """Projections around `attend`: self-attention, merged attention, or cross-attention.
+
+    Args:
+        config: the stack this layer belongs to; its heads, biases, q/k norm, scale and soft-cap.
+        memory_size: E, the width of what keys and values are made from. `config.hidden_size` except in
+            cross-attention to an encoder of another width.
+    """
+
+    def __init__(self, config: StackConfig, memory_size: int) -> None:
+        super().__init__()
+        d_model, head_dim = config.hidden_size, config.head_dim
+        self.n_heads, self.n_kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.head_dim = head_dim
+        self.scale = config.query_pre_attn_scalar**-0.5
+        self.softcap = config.attn_logit_softcapping
+        self.dropout_p = config.attention_dropout
+        self.backend: Backend = "auto"
+        self.q_proj = nn.Linear(d_model, self.n_heads * head_dim, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(memory_size, self.n_kv_heads * head_dim, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(memory_size, self.n_kv_heads * head_dim, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(self.n_heads * head_dim, d_model, bias=config.output_bias)
+        self.q_norm = RMSNorm(head_dim, config) if config.qk_norm else None
+        self.k_norm = RMSNorm(head_dim, config) if config.qk_norm else None
+
+    def queries(self, x_BTD: Tensor, rope: RopeTables | None) -> Tensor:
+        """[B, N, T, H]: projected, normed where the family does, rotated unless `rope` is None."""
+        q_BNTH = self.q_proj(x_BTD).unflatten(-1, (self.n_heads, self.head_dim)).transpose(1, 2)
+        if self.q_norm is not None:
+            q_BNTH = self.q_norm(q_BNTH)
+        return q_BNTH if rope is None else rotate(q_BNTH, rope)
+
+    def keys_values(self, x_BSE: Tensor, rope: RopeTables | None) -> KeyValues:
+        """Two of [B, K, S, H]: projected; keys normed and rotated as queries are."""
+        k_BKSH = self.k_proj(x_BSE).unflatten(-1, (self.n_kv_heads, self.head_dim)).transpose(1, 2)
+        v_BKSH = self.v_proj(x_BSE).unflatten(-1, (self.n_kv_heads, self.head_dim)).transpose(1, 2)
+        if self.k_norm is not None:
+            k_BKSH = self.k_norm(k_BKSH)
+        return KeyValues(k_BKSH if rope is None else rotate(k_BKSH, rope), v_BKSH)
+
+    def forward(self, q_BNTH: Tensor, keys_values: KeyValues, mask: AttentionMask) -> Tensor:
+        """Attend and project back: [B, T, D]."""
+        attended_BNTH = attend(
+            q_BNTH,
+            keys_values.keys,
+            keys_values.values,
+            mask,
+            scale=self.scale,
+            softcap=self.softcap,
+            dropout_p=self.dropout_p if self.training else 0.0,
+            backend=self.backend,
+        )
+        out: Tensor = self.o_proj(attended_BNTH.transpose(1, 2).flatten(2))
+        return out

@@ -1,0 +1,246 @@
+"""The encoder-decoder: ids in, logits out.
+
+Letters: B batch, S source tokens, T target tokens, E encoder width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from twofold.config import EncoderDecoderConfig, StackConfig
+from twofold.models.attention import Attention, Backend
+from twofold.models.cache import DecoderCache
+from twofold.models.layers import RMSNorm
+from twofold.models.masks import Tokens
+from twofold.models.stack import Decoder, Encoder, EncoderOutput
+
+
+@dataclass(frozen=True)
+class EncoderDecoderOutput:
+    """What a call of the model returns."""
+
+    logits: Tensor
+    """float32 [B, T, V], soft-capped where the family does."""
+    encoder: EncoderOutput
+    decoder_hidden_states: tuple[Tensor, ...] = ()
+    """On request: the input of every decoder layer, then the normed output, [B, T, D] each."""
+
+
+class Stacks(nn.Module):
+    """Both stacks, under the names that checkpoints use: `model.encoder`, `model.decoder`."""
+
+    def __init__(self, config: EncoderDecoderConfig) -> None:
+        super().__init__()
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+
+
+class LMHead(nn.Module):
+    """Hidden states to logits; float32 from the soft-cap on, so that close candidates do not tie."""
+
+    def __init__(self, config: StackConfig) -> None:
+        super().__init__()
+        self.out_proj = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.softcap = config.final_logit_softcapping
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        logits_BTV: Tensor = self.out_proj(x_BTD).float()
+        if self.softcap is not None:
+            logits_BTV = self.softcap * torch.tanh(logits_BTV / self.softcap)
+        return logits_BTV
+
+
+class EncoderDecoder(nn.Module):
+    """Two stacks, the way `config` says they meet, and a language-model head.
+
+    Attributes:
+        config: what the model is.
+        tokenizer: a transformers tokenizer, or None; set by `twofold.load` and `twofold.adapt`.
+        adaptation: what `twofold.adapt` did, tensor by tensor; None for a model that was loaded.
+    """
+
+    def __init__(self, config: EncoderDecoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.tokenizer: Any = None
+        self.adaptation: dict[str, Any] | None = None
+        self.model = Stacks(config)
+        self.lm_head = LMHead(config.decoder)
+        self.tie_weights()
+
+    @property
+    def encoder(self) -> Encoder:
+        return self.model.encoder
+
+    @property
+    def decoder(self) -> Decoder:
+        return self.model.decoder
+
+    def tie_weights(self) -> None:
+        """Make one parameter of what `tie_word_embeddings` says is one."""
+        if self.config.tie_word_embeddings == "all":
+            self.decoder.embed_tokens.weight = self.encoder.embed_tokens.weight
+            if self.config.eoi_token_id is not None:
+                self.decoder.embed_tokens.eoi_embedding = self.encoder.embed_tokens.eoi_embedding
+        if self.config.tie_word_embeddings != "none":
+            self.lm_head.out_proj.weight = self.decoder.embed_tokens.weight
+
+    def set_attention_backend(self, backend: Backend) -> None:
+        """Use one backend (see `models.attention.attend`) in every attention module."""
+        for module in self.modules():
+            if isinstance(module, Attention):
+                module.backend = backend
+
+    @torch.no_grad()
+    def initialise_randomly(self, seed: int) -> None:
+        """Fill every parameter as a model trained from scratch starts: matrices from a normal distribution with
+        each stack's `initializer_range`, norms neutral, biases zero."""
+        generator = torch.Generator().manual_seed(seed)
+        for stack in (self.encoder, self.decoder):
+            for name, parameter in stack.named_parameters():
+                if parameter.ndim == 2:
+                    noise = torch.randn(parameter.shape, generator=generator)
+                    parameter.copy_(noise * stack.stack_config.initializer_range)
+                elif name.endswith(("bias", "eoi_embedding")):
+                    parameter.zero_()
+            for module in stack.modules():
+                if isinstance(module, RMSNorm):
+                    module.weight.fill_(0.0 if module.adds_one else 1.0)
+        if self.config.tie_word_embeddings == "none":
+            head = self.lm_head.out_proj.weight
+            noise = torch.randn(head.shape, generator=generator)
+            head.copy_(noise * self.config.decoder.initializer_range)
+
+    def encode(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        segment_ids: Tensor | None = None,
+        output_hidden_states: bool = False,
+    ) -> EncoderOutput:
+        """Run the encoder alone. Arguments and errors as in `forward`."""
+        tokens = locate_tokens(self.config, "encoder", input_ids, attention_mask, segment_ids)
+        output: EncoderOutput = self.encoder(input_ids, tokens, output_hidden_states=output_hidden_states)
+        return output
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        decoder_input_ids: Tensor | None = None,
+        decoder_attention_mask: Tensor | None = None,
+        *,
+        segment_ids: Tensor | None = None,
+        decoder_segment_ids: Tensor | None = None,
+        encoder_output: EncoderOutput | None = None,
+        cache: DecoderCache | None = None,
+        output_hidden_states: bool = False,
+    ) -> EncoderDecoderOutput:
+        """Logits of the token after each decoder input.
+
+        Args:
+            input_ids: int64 [B, S]. Left out when `encoder_output` is given.
+            attention_mask: bool or int [B, S], True = real token. Without it and without `segment_ids`, tokens
+                equal to `pad_token_id` are padding where that id is not also an end token, else all are real.
+            decoder_input_ids: int64 [B, T]: the target shifted right, its start token first; or, with a filled
+                `cache`, the tokens after those in it.
+            decoder_attention_mask: bool or int [B, T], for the given tokens only.
+            segment_ids: int64 [B, S], instead of `attention_mask`, for packed rows: 1, 2, 3... from the left, 0
+                is padding. Nothing is seen across segments, and positions begin anew in each.
+            decoder_segment_ids: int64 [B, T]; target segment i reads source segment i.
+            encoder_output: what `encode` returned for these sources.
+            cache: extended in place; pass it again with the next tokens.
+            output_hidden_states: also return what every layer read.
+
+        Raises:
+            ValueError: missing or doubled arguments, wrong shapes, or a sequence longer than
+                `max_position_embeddings`.
+        """
+        if decoder_input_ids is None:
+            raise ValueError(
+                "decoder_input_ids are missing; pass the target shifted right, start token first"
+            )
+        if (input_ids is None) == (encoder_output is None):
+            raise ValueError("pass either input_ids or encoder_output: exactly one of them")
+        if encoder_output is None:
+            assert input_ids is not None
+            encoder_output = self.encode(
+                input_ids, attention_mask, segment_ids=segment_ids, output_hidden_states=output_hidden_states
+            )
+        elif attention_mask is not None or segment_ids is not None:
+            raise ValueError(
+                "attention_mask and segment_ids are part of encoder_output; pass them to encode()"
+            )
+        n_source_rows = encoder_output.tokens.segments.shape[0]
+        if decoder_input_ids.shape[0] != n_source_rows:
+            raise ValueError(
+                f"decoder_input_ids have {decoder_input_ids.shape[0]} rows, the source has {n_source_rows}; "
+                "give one target row per source row"
+            )
+        n_before = 0 if cache is None else cache.n_tokens
+        if self.config.decoder_positions == "continue" and segment_ids is None:
+            n_before += encoder_output.tokens.segments.shape[1]
+        own = locate_tokens(
+            self.config,
+            "decoder",
+            decoder_input_ids,
+            decoder_attention_mask,
+            decoder_segment_ids,
+            n_before=n_before,
+        )
+        x_BTD, hidden = self.decoder(
+            decoder_input_ids,
+            own.segments,
+            encoder_output,
+            cache,
+            is_plain=own.is_plain,
+            output_hidden_states=output_hidden_states,
+        )
+        return EncoderDecoderOutput(self.lm_head(x_BTD), encoder_output, hidden)
+
+
+def locate_tokens(
+    config: EncoderDecoderConfig,
+    side: Literal["encoder", "decoder"],
+    ids: Tensor,
+    attention_mask: Tensor | None,
+    segment_ids: Tensor | None = None,
+    *,
+    n_before: int = 0,
+) -> Tokens:
+    """Check the ids and mask of one side (see `EncoderDecoder.forward`) and turn them into positions and segments.
+
+    Args:
+        n_before: tokens that stand before these, for the length limit.
+    """
+    if ids.ndim != 2 or ids.dtype not in (torch.int64, torch.int32):
+        raise ValueError(
+            f"{side} ids must be an int64 tensor [batch, tokens], got {ids.dtype} {list(ids.shape)}"
+        )
+    if attention_mask is not None and segment_ids is not None:
+        raise ValueError(f"{side}: pass an attention mask or segment ids, not both")
+    given = attention_mask if attention_mask is not None else segment_ids
+    if given is not None and given.shape != ids.shape:
+        raise ValueError(
+            f"{side} mask or segment ids must have the shape of the ids, {list(ids.shape)}, got {list(given.shape)}"
+        )
+    stack = config.encoder if side == "encoder" else config.decoder
+    limit, n_tokens = stack.max_position_embeddings, n_before + ids.shape[1]
+    if segment_ids is None and n_tokens > limit:  # packed rows: positions begin anew in each segment
+        raise ValueError(
+            f"{side} sequence of {n_tokens} tokens is longer than max_position_embeddings ({limit}); "
+            "shorten or split the text"
+        )
+    if segment_ids is not None:
+        return Tokens.from_segments(segment_ids.long())
+    if attention_mask is not None:
+        return Tokens.from_segments((attention_mask != 0).long())
+    pad = config.pad_token_id
+    if pad is not None and pad not in (*config.eos_token_ids, config.bos_token_id):
+        return Tokens.from_segments((ids != pad).long())
+    return Tokens.from_segments(torch.ones_like(ids, dtype=torch.int64), is_plain=True)

@@ -1,0 +1,278 @@
+"""A stack of transformer blocks: the encoder, and the decoder that reads it.
+
+Parameters are named as in T5Gemma checkpoints, so that for those the tensor map is the identity. Nothing here
+asks which family a stack came from; `StackConfig` says what differs.
+
+Letters: B batch, S source (encoder) tokens, T target (decoder) tokens, D width of this stack, E width of the
+encoder, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from twofold.config import EncoderDecoderConfig, LayerType, StackConfig
+from twofold.models.attention import Attention, RopeTables
+from twofold.models.cache import DecoderCache, LayerCache, tokens_in_reach
+from twofold.models.layers import Embedding, GatedMLP, RMSNorm, rope_tables
+from twofold.models.masks import AttentionMask, Rule, Tokens, decoder_rule, encoder_rule
+
+
+@dataclass(frozen=True)
+class EncoderOutput:
+    """What the encoder hands over."""
+
+    last_hidden_state: Tensor
+    """[B, S, E], after the final norm."""
+    memory: tuple[Tensor, ...]
+    """What decoder layers make keys and values from: one [B, S, E] for all of them (`final` reads), or one for
+    each (`aligned`)."""
+    tokens: Tokens
+    """Positions and segments of the source, [B, S]."""
+    hidden_states: tuple[Tensor, ...] = ()
+    """On request: the input of every layer, then the normed output."""
+
+    def select(self, rows: Tensor) -> EncoderOutput:
+        """The given batch rows, int64 [B'], in that order."""
+        tokens = Tokens(self.tokens.positions[rows], self.tokens.segments[rows], self.tokens.is_plain)
+        memory = tuple(m[rows] for m in self.memory)
+        hidden = tuple(h[rows] for h in self.hidden_states)
+        return EncoderOutput(self.last_hidden_state[rows], memory, tokens, hidden)
+
+
+class Block(nn.Module):
+    """What encoder and decoder blocks share: self-attention, MLP, and the norms around them."""
+
+    def __init__(self, config: StackConfig) -> None:
+        super().__init__()
+        self.self_attn = Attention(config, memory_size=config.hidden_size)
+        self.pre_self_attn_layernorm = RMSNorm(config.hidden_size, config)
+        self.post_self_attn_layernorm = _post_norm(config)
+        self.mlp = GatedMLP(config)
+        self.pre_feedforward_layernorm = RMSNorm(config.hidden_size, config)
+        self.post_feedforward_layernorm = _post_norm(config)
+        self.dropout = nn.Dropout(config.dropout_rate)
+
+    def feed_forward(self, x: Tensor) -> Tensor:
+        """x plus the MLP sub-layer."""
+        out: Tensor = self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
+        dropped: Tensor = self.dropout(out)
+        return x + dropped
+
+
+def _post_norm(config: StackConfig) -> nn.Module:
+    return RMSNorm(config.hidden_size, config) if config.post_norms else nn.Identity()
+
+
+class EncoderBlock(Block):
+    """Self-attention under the layer's own mask, then the MLP."""
+
+    def forward(self, x_BSD: Tensor, rope: RopeTables, mask: AttentionMask) -> tuple[Tensor, Tensor]:
+        """Returns the block's output, and what its self-attention read (the normed input): both [B, S, D]."""
+        read = self.pre_self_attn_layernorm(x_BSD)
+        q = self.self_attn.queries(read, rope)
+        attended = self.self_attn(q, self.self_attn.keys_values(read, rope), mask)
+        x_BSD = x_BSD + self.dropout(self.post_self_attn_layernorm(attended))
+        return self.feed_forward(x_BSD), read
+
+
+@dataclass(frozen=True)
+class DecoderView:
+    """What a decoder block needs beside its input, the same for all layers of one type."""
+
+    rope: RopeTables
+    """Of the T new tokens."""
+    source_rope: RopeTables | None
+    """Of the S source tokens; None where their keys are not rotated, or lie rotated in the cache."""
+    rotates_cross: bool
+    """Queries of a cross-attention sub-layer are rotated too."""
+    self_mask: AttentionMask
+    """Over the decoder's own keys; in the merged layout over the source's keys, then the decoder's own."""
+    cross_mask: AttentionMask
+    """Over the source's keys; not used in the merged layout."""
+
+
+class DecoderBlock(Block):
+    """Self-attention, attention to the source (a sub-layer of its own, or merged into the first), MLP."""
+
+    def __init__(self, config: StackConfig, *, is_merged: bool, memory_size: int) -> None:
+        super().__init__(config)
+        self.is_merged = is_merged
+        if not is_merged:
+            self.cross_attn = Attention(config, memory_size=memory_size)
+            self.pre_cross_attn_layernorm = RMSNorm(config.hidden_size, config)
+            self.post_cross_attn_layernorm = _post_norm(config)
+
+    def forward(
+        self, x_BTD: Tensor, memory_BSE: Tensor, view: DecoderView, past: LayerCache | None
+    ) -> tuple[Tensor, LayerCache]:
+        """Returns the block's output [B, T, D], and all keys and values it saw. The source's are computed from
+        `memory_BSE` unless `past` has them."""
+        read = self.pre_self_attn_layernorm(x_BTD)
+        q = self.self_attn.queries(read, view.rope)
+        own = self.self_attn.keys_values(read, view.rope)
+        if past is None:
+            reader = self.self_attn if self.is_merged else self.cross_attn
+            source = reader.keys_values(memory_BSE, view.source_rope)
+        else:
+            own, source = past.own.followed_by(own), past.source
+        attended = self.self_attn(q, source.followed_by(own) if self.is_merged else own, view.self_mask)
+        x_BTD = x_BTD + self.dropout(self.post_self_attn_layernorm(attended))
+        if not self.is_merged:
+            q = self.cross_attn.queries(
+                self.pre_cross_attn_layernorm(x_BTD), view.rope if view.rotates_cross else None
+            )
+            attended = self.cross_attn(q, source, view.cross_mask)
+            x_BTD = x_BTD + self.dropout(self.post_cross_attn_layernorm(attended))
+        return self.feed_forward(x_BTD), LayerCache(own, source)
+
+
+class Stack(nn.Module):
+    """Embedding, blocks, final norm."""
+
+    def __init__(self, config: StackConfig, blocks: Iterable[Block], eoi_token_id: int | None) -> None:
+        super().__init__()
+        self.stack_config = config
+        self.embed_tokens = Embedding(config, eoi_token_id)
+        self.layers = nn.ModuleList(blocks)
+        self.norm = RMSNorm(config.hidden_size, config)
+        self.dropout = nn.Dropout(config.dropout_rate)
+
+    def rope(self, positions: Tensor) -> dict[LayerType, RopeTables]:
+        """Rotation tables for each layer type, for int64 positions [B, L]."""
+        config = self.stack_config
+        types = dict.fromkeys(config.layer_types)
+        return {t: rope_tables(config.rope[t], config.head_dim, positions) for t in types}
+
+
+class Encoder(Stack):
+    """Reads the source. Which keys a token sees is set per layer (`encoder_mask`)."""
+
+    def __init__(self, config: EncoderDecoderConfig) -> None:
+        blocks = (EncoderBlock(config.encoder) for _ in range(config.encoder.num_hidden_layers))
+        super().__init__(config.encoder, blocks, config.eoi_token_id)
+        self.layer_masks = config.encoder_mask
+        self.aligned_layers = config.aligned_layers
+
+    def forward(
+        self, input_ids: Tensor, tokens: Tokens, *, output_hidden_states: bool = False
+    ) -> EncoderOutput:
+        """Args:
+        input_ids: int64 [B, S].
+        tokens: their positions and segments.
+        """
+        config = self.stack_config
+        rope = self.rope(tokens.positions)
+        kinds = list(zip(config.layer_types, self.layer_masks, strict=True))
+        masks = {kind: AttentionMask(tokens, (tokens, encoder_rule(config, *kind))) for kind in set(kinds)}
+
+        x_BSE = self.dropout(self.embed_tokens(input_ids))
+        hidden: list[Tensor] = []
+        read_by_layer: dict[int, Tensor] = {}
+        for i, (layer, kind) in enumerate(zip(self.layers, kinds, strict=True)):
+            hidden.append(x_BSE)
+            x_BSE, read_BSE = layer(x_BSE, rope[kind[0]], masks[kind])
+            if self.aligned_layers is not None and i in self.aligned_layers:
+                read_by_layer[i] = read_BSE
+        x_BSE = self.dropout(self.norm(x_BSE))
+        memory: tuple[Tensor, ...] = (x_BSE,)
+        if self.aligned_layers is not None:
+            memory = tuple(read_by_layer[i] for i in self.aligned_layers)
+        all_hidden = (*hidden, x_BSE) if output_hidden_states else ()
+        return EncoderOutput(x_BSE, memory, tokens, all_hidden)
+
+
+class Decoder(Stack):
+    """Writes the target, reading the source through cross-attention or merged attention."""
+
+    def __init__(self, config: EncoderDecoderConfig) -> None:
+        is_merged = config.layout == "merged"
+        blocks = (
+            DecoderBlock(config.decoder, is_merged=is_merged, memory_size=config.encoder.hidden_size)
+            for _ in range(config.decoder.num_hidden_layers)
+        )
+        super().__init__(config.decoder, blocks, config.eoi_token_id)
+        self.is_merged = is_merged
+        self.cross_rope = config.cross_rope
+        self.continues = config.decoder_positions == "continue"
+        self.window_covers_source = config.window_covers_source
+        self.first_layer = {
+            t: config.decoder.layer_types.index(t) for t in dict.fromkeys(config.decoder.layer_types)
+        }
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        segments: Tensor,
+        source: EncoderOutput,
+        cache: DecoderCache | None = None,
+        *,
+        is_plain: bool = False,
+        output_hidden_states: bool = False,
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Args:
+            input_ids: int64 [B, T], the tokens after those in `cache`.
+            segments: int64 [B, T], see `Tokens`; `is_plain` as there.
+            source: the encoder's output; with a filled cache only its tokens are looked at.
+            cache: read and extended in place.
+
+        Returns:
+            Normed hidden states [B, T, D]; and, on request, the input of every layer, then that.
+        """
+        n_new = input_ids.shape[1]
+        own_tokens = self._own_tokens(segments, source.tokens, cache, is_plain)
+        queries = own_tokens.last(n_new)
+        past = cache.layers if cache is not None and cache.layers else None
+        rope = self.rope(queries.positions)
+        source_rope = self.rope(source.tokens.positions) if self.cross_rope and past is None else {}
+        cross_mask = AttentionMask(queries, (source.tokens, Rule()))
+        views, reach = {}, {}
+        for layer_type, first in self.first_layer.items():
+            n_past = 0 if past is None else past[first].own.length
+            keys = own_tokens.last(n_past + n_new)
+            views[layer_type] = DecoderView(
+                rope[layer_type],
+                source_rope.get(layer_type),
+                self.cross_rope,
+                self._self_mask(layer_type, queries, keys, source.tokens),
+                cross_mask,
+            )
+            rule = decoder_rule(self.stack_config, layer_type)
+            reach[layer_type] = tokens_in_reach(own_tokens, rule.past) if cache is not None else 0
+
+        x_BTD = self.dropout(self.embed_tokens(input_ids))
+        hidden: list[Tensor] = []
+        kept: list[LayerCache] = []
+        for i, (layer, layer_type) in enumerate(zip(self.layers, self.stack_config.layer_types, strict=True)):
+            hidden.append(x_BTD)
+            memory = source.memory[i if len(source.memory) > 1 else 0]
+            x_BTD, seen = layer(x_BTD, memory, views[layer_type], None if past is None else past[i])
+            if cache is not None:
+                kept.append(LayerCache(seen.own.last(reach[layer_type]), seen.source))
+        if cache is not None:
+            cache.layers, cache.segments, cache.is_plain = kept, own_tokens.segments, own_tokens.is_plain
+        x_BTD = self.dropout(self.norm(x_BTD))
+        return x_BTD, (*hidden, x_BTD) if output_hidden_states else ()
+
+    def _own_tokens(
+        self, segments: Tensor, source: Tokens, cache: DecoderCache | None, is_plain: bool
+    ) -> Tokens:
+        """All decoder tokens so far, those of the cache first."""
+        if cache is not None and cache.segments is not None:
+            segments = torch.cat([cache.segments, segments], dim=1)
+            is_plain = is_plain and cache.is_plain
+        tokens = Tokens.from_segments(segments, is_plain=is_plain)
+        return tokens.continued_after(source) if self.continues else tokens
+
+    def _self_mask(
+        self, layer_type: LayerType, queries: Tokens, keys: Tokens, source: Tokens
+    ) -> AttentionMask:
+        rule = decoder_rule(self.stack_config, layer_type)
+        if not self.is_merged:
+            return AttentionMask(queries, (keys, rule))
+        source_rule = Rule(past=rule.past) if self.window_covers_source else Rule()
+        return AttentionMask(queries, (source, source_rule), (keys, rule))
