@@ -1,0 +1,239 @@
+"""What a run reads: sources, objective, lengths, batches."""
+
+import warnings
+from typing import Literal, Self
+
+from pydantic import model_validator
+
+from twofold.config.base import Config
+
+
+def _warn_without_effect(config: Config, fields: tuple[str, ...], because: str) -> None:
+    """Warn of fields that differ from their defaults though nothing reads them."""
+    for name in fields:
+        value = getattr(config, name)
+        if value != type(config).model_fields[name].default:
+            warnings.warn(f"{name}={value!r} has no effect: {because}", stacklevel=3)
+
+
+class SourceConfig(Config):
+    """One corpus: files, a folder, or a `datasets` dataset."""
+
+    path: str
+    """File, folder, glob, folder of `Dataset.save_to_disk`, or (with format="hf") a name on the hub."""
+
+    format: Literal["auto", "text", "jsonl", "parquet", "hf"] = "auto"
+    """`auto` goes by the file name; `.gz` is unpacked."""
+
+    text_field: str = "text"
+    """Column of the text, where no other field is set."""
+
+    prompt_field: str | None = None
+    """Column of the prompt of a supervised pair; needs `completion_field`."""
+
+    completion_field: str | None = None
+    """Column of the answer of a supervised pair; needs `prompt_field`."""
+
+    messages_field: str | None = None
+    """Column of a conversation: a list of {"role", "content"} that ends with the assistant's reply."""
+
+    split: str = "train"
+    """Split of a `datasets` dataset."""
+
+    document: Literal["file", "line", "paragraph"] = "file"
+    """What counts as one document in a text file; paragraphs are separated by blank lines."""
+
+    @property
+    def is_supervised(self) -> bool:
+        """Whether the records are pairs or conversations, not running text."""
+        return self.prompt_field is not None or self.messages_field is not None
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if not self.path:
+            raise ValueError("path must name a file, folder, glob or dataset, got an empty string")
+        if (self.prompt_field is None) != (self.completion_field is None):
+            raise ValueError(
+                f"prompt_field and completion_field go together, got {self.prompt_field!r} and "
+                f"{self.completion_field!r}; set both or neither"
+            )
+        if self.prompt_field is not None and self.messages_field is not None:
+            raise ValueError(
+                f"a source has either prompt_field ({self.prompt_field!r}) and completion_field or "
+                f"messages_field ({self.messages_field!r}), not both; remove one"
+            )
+        if self.format == "text" and self.is_supervised:
+            raise ValueError(
+                f"format 'text' has no columns, but prompt_field or messages_field is set for {self.path!r}; "
+                "use jsonl, parquet or hf"
+            )
+        if self.is_supervised:
+            _warn_without_effect(self, ("text_field",), "the source has prompt_field or messages_field")
+        if self.format in ("jsonl", "parquet", "hf"):
+            _warn_without_effect(self, ("document",), f"in format {self.format!r} each row is one document")
+        if self.format in ("text", "jsonl", "parquet"):
+            _warn_without_effect(self, ("split",), f"format {self.format!r} has no splits")
+        return self
+
+
+class Denoiser(Config):
+    """One denoising task of a UL2 mixture."""
+
+    kind: Literal["span", "suffix"]
+    """`span`: random spans behind sentinels (R, X). `suffix`: the end of the sequence, no sentinel (S)."""
+
+    noise_density: float
+    """Share of the tokens that becomes the target, between 0 and 1."""
+
+    mean_span_length: float | None = None
+    """Tokens; required for `span`, not allowed for `suffix`."""
+
+    split: Literal["fixed", "uniform"] = "fixed"
+    """Of `suffix`: cut at `noise_density`, or draw the cut uniformly (mean share 0.5)."""
+
+    mode_token: str | None = None
+    """Text put in front of the source, such as "[S]"."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        _check_noise(self.noise_density, self.mean_span_length)
+        if self.kind == "span" and self.mean_span_length is None:
+            raise ValueError("a span denoiser needs mean_span_length (tokens)")
+        if self.kind == "span" and self.split != "fixed":
+            raise ValueError(
+                f"split is for suffix denoisers, got split={self.split!r} with kind 'span'; remove it"
+            )
+        if self.kind == "suffix" and self.mean_span_length is not None:
+            raise ValueError(
+                f"a suffix denoiser has no mean_span_length (got {self.mean_span_length}); noise_density "
+                "says how much of the sequence it predicts"
+            )
+        if self.split == "uniform" and self.noise_density != 0.5:
+            raise ValueError(
+                "split 'uniform' predicts half of the tokens on average, got noise_density "
+                f"{self.noise_density}; set it to 0.5 or use split 'fixed'"
+            )
+        return self
+
+
+def _check_noise(noise_density: float, mean_span_length: float | None) -> None:
+    if not 0 < noise_density < 1:
+        raise ValueError(f"noise_density must lie between 0 and 1, got {noise_density}")
+    if mean_span_length is not None and mean_span_length < 1:
+        raise ValueError(f"mean_span_length must be at least 1 token, got {mean_span_length}")
+
+
+class ObjectiveConfig(Config):
+    """What source and target are made of."""
+
+    name: Literal["prefix_lm", "span_corruption", "ul2", "supervised"] = "prefix_lm"
+    """`supervised` takes pairs or conversations as they are; the others make pairs out of running text."""
+
+    split: Literal["half", "uniform"] = "half"
+    """Of `prefix_lm`: two equal halves as in T5Gemma, or a drawn cut."""
+
+    noise_density: float = 0.15
+    """Of `span_corruption`: share of the tokens that becomes the target."""
+
+    mean_span_length: float = 3.0
+    """Of `span_corruption`, in tokens."""
+
+    preset: Literal["ul2", "t5gemma2", "ul2r"] | None = None
+    """Of `ul2`: a published mixture."""
+
+    denoisers: tuple[tuple[Denoiser, float], ...] = ()
+    """Of `ul2`: denoisers with their weights, instead of a preset."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        _check_noise(self.noise_density, self.mean_span_length)
+        if self.name == "ul2" and (self.preset is None) == (not self.denoisers):
+            raise ValueError(
+                "objective 'ul2' takes either preset ('ul2', 't5gemma2', 'ul2r') or denoisers, got "
+                f"preset={self.preset!r} and {len(self.denoisers)} denoisers; set one of them"
+            )
+        if any(weight <= 0 for _, weight in self.denoisers):
+            raise ValueError(
+                f"weights of denoisers must be above 0, got {[weight for _, weight in self.denoisers]}"
+            )
+        readers = {
+            "prefix_lm": ("split",),
+            "span_corruption": ("noise_density", "mean_span_length"),
+            "ul2": ("preset", "denoisers"),
+        }
+        for reader, fields in readers.items():
+            if reader != self.name:
+                _warn_without_effect(
+                    self, fields, f"it is for objective {reader!r}, this one is {self.name!r}"
+                )
+        return self
+
+
+class DataConfig(Config):
+    """Everything between the files and the batches."""
+
+    sources: tuple[SourceConfig, ...]
+    """Read as one corpus; every document once per epoch."""
+
+    held_out: tuple[SourceConfig, ...] = ()
+    """Sources for evaluation only."""
+
+    held_out_fraction: float = 0.0
+    """Share of the documents of `sources` that is kept for evaluation, instead of `held_out`."""
+
+    objective: ObjectiveConfig = ObjectiveConfig()
+
+    source_length: int
+    """Tokens of one row of the encoder, everything included."""
+
+    target_length: int
+    """Tokens of one row of the decoder, everything included."""
+
+    rows_per_batch: int
+    """Rows of one batch; with packing a row holds several examples."""
+
+    packing: bool = True
+    """Put several examples in a row. Off: one example per row, padded to the longest of the batch."""
+
+    shuffle: bool = True
+    """Another order of the documents in each epoch."""
+
+    seed: int = 0
+    """Of order, splits and noise; 0 or more."""
+
+    max_length_action: Literal["error", "truncate", "skip"] = "error"
+    """What happens to a supervised pair that is longer than a row."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if not self.sources:
+            raise ValueError("sources must name at least one source, got none")
+        for name in ("source_length", "target_length", "rows_per_batch"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.seed < 0:
+            raise ValueError(f"seed must be 0 or more, got {self.seed}")
+        if not 0 <= self.held_out_fraction < 1:
+            raise ValueError(
+                f"held_out_fraction must be at least 0 and below 1, got {self.held_out_fraction}"
+            )
+        if self.held_out and self.held_out_fraction:
+            raise ValueError(
+                f"held-out documents come from held_out ({len(self.held_out)} sources) or from "
+                f"held_out_fraction ({self.held_out_fraction}), not from both; remove one"
+            )
+        supervised = self.objective.name == "supervised"
+        for source in (*self.sources, *self.held_out):
+            if supervised and not source.is_supervised:
+                raise ValueError(
+                    f"objective 'supervised' needs pairs, but source {source.path!r} has only text; set "
+                    "prompt_field and completion_field, or messages_field"
+                )
+            if not supervised and source.is_supervised:
+                raise ValueError(
+                    f"objective {self.objective.name!r} needs running text, but source {source.path!r} has "
+                    "pairs; use objective 'supervised', or text_field instead of the other fields"
+                )
+        if not supervised:
+            _warn_without_effect(self, ("max_length_action",), "running text is cut into chunks that fit")
+        return self
