@@ -1,0 +1,231 @@
+"""`adapt`: any decoder-only checkpoint, or two of one tokenizer, becomes an encoder-decoder."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from twofold.adapt.initialise import Donor, initialise, unused_tensors
+from twofold.adapt.plan import Choices, Plan, PlannedTensor, Side, Start, plan_adaptation
+from twofold.checkpoint import Checkpoint, copy_tokenizer, resolve, same_tokenizer
+from twofold.checkpoint.save import CheckpointWriter
+from twofold.config import EncoderMask
+from twofold.models import EncoderDecoder
+from twofold.models.families import donor_family
+
+Initialised = tuple[PlannedTensor, torch.Tensor]
+"""A parameter of the pair with its value."""
+
+
+def adapt(
+    encoder: str | Path,
+    decoder: str | Path | None = None,
+    *,
+    start: Start = "published",
+    encoder_mask: EncoderMask | Sequence[EncoderMask] | None = None,
+    encoder_layers: Sequence[int] | None = None,
+    decoder_layers: Sequence[int] | None = None,
+    layout: Literal["separate", "merged"] | None = None,
+    reads: Literal["final", "aligned"] | None = None,
+    cross_rope: bool | None = None,
+    decoder_positions: Literal["restart", "continue"] | None = None,
+    decoder_start: Literal["bos", "last_source_token"] | None = None,
+    aligned_layers: Sequence[int] | None = None,
+    output_scale: float = 0.1,
+    dtype: torch.dtype | None = None,
+    seed: int = 0,
+) -> EncoderDecoder:
+    """Make an encoder-decoder in memory.
+
+    Args:
+        encoder: donor of the encoder: a folder, a hub name or a GGUF file.
+        decoder: donor of the decoder. None: the encoder's donor, a balanced pair.
+        start: how the two halves meet at first; see `adapt.plan`.
+        encoder_mask: one for all layers or one per layer. Default: `bidirectional`; for the lossless start `causal`,
+            which keeps the pair equal to its donor until a `sink` or `bidirectional` mask is chosen.
+        encoder_layers: donor layers that the encoder keeps; default all.
+        decoder_layers: donor layers that the decoder keeps; default all.
+        layout: `separate` or `merged` attention to the source; like the next four, by default the start's own.
+        reads: `final` or `aligned`.
+        cross_rope: rotate encoder keys.
+        decoder_positions: `restart` or `continue`.
+        decoder_start: the decoder's first input, `bos` or `last_source_token`.
+        aligned_layers: for `aligned` reads, the encoder layer each decoder layer reads; default by relative depth.
+        output_scale: `scaled_copy` only.
+        dtype: of all parameters; default: that of the decoder donor (float32 where it is quantised).
+        seed: of random parameters.
+
+    Returns:
+        The pair in eval mode on the CPU, with the donor's tokenizer, and the report of `adaptation.json` as
+        `model.adaptation`.
+
+    Raises:
+        ValueError: donors that do not go together, or choices that they do not allow.
+        FileNotFoundError: a donor that is not there.
+    """
+    choices = Choices(
+        start=start,
+        encoder_mask=encoder_mask,
+        encoder_layers=encoder_layers,
+        decoder_layers=decoder_layers,
+        layout=layout,
+        reads=reads,
+        cross_rope=cross_rope,
+        decoder_positions=decoder_positions,
+        decoder_start=decoder_start,
+        aligned_layers=aligned_layers,
+        output_scale=output_scale,
+    )
+    with open_adaptation(encoder, decoder, choices) as adaptation:
+        with torch.device("meta"):
+            model = EncoderDecoder(adaptation.plan.config)
+        state = {planned.name: tensor for planned, tensor in adaptation.tensors(dtype, seed)}
+        model.load_state_dict(state, assign=True, strict=False)  # shared parameters come under one name
+        model.tie_weights()
+        model.tokenizer = adaptation.tokenizer
+        model.adaptation = adaptation.report(dtype, seed)
+    assert not any(p.is_meta for p in model.parameters()), "the plan left a parameter without a value"
+    return model.requires_grad_(True).eval()
+
+
+def adapt_to_folder(
+    encoder: str | Path,
+    decoder: str | Path | None,
+    out: str | Path,
+    choices: Choices,
+    *,
+    dtype: torch.dtype | None = None,
+    seed: int = 0,
+    overwrite: bool = False,
+    watch: Callable[[Iterator[Initialised], Plan], Iterable[Initialised]] = lambda tensors, plan: tensors,
+) -> dict[str, Any]:
+    """Make an encoder-decoder checkpoint, tensor by tensor, without ever holding a model in memory.
+
+    Writes config.json, model.safetensors (or shards), the tokenizer, and adaptation.json, which names for each
+    tensor its source, rule and shape. Peak memory is that of the largest tensor.
+
+    Args:
+        out: a folder that does not exist yet, unless `overwrite`.
+        watch: wraps the stream of tensors, for a progress bar.
+        The others are as for `adapt`.
+
+    Returns:
+        The report.
+
+    Raises:
+        FileExistsError: `out` exists; nothing was read or written.
+        ValueError, FileNotFoundError: as for `adapt`; nothing is left behind.
+    """
+    with (
+        CheckpointWriter(out, overwrite=overwrite) as writer,
+        open_adaptation(encoder, decoder, choices) as job,
+    ):
+        tensors = watch(job.tensors(dtype, seed), job.plan)
+        stored = dtype or job.donors["decoder"].dtype
+        writer.write_config(job.plan.config)
+        writer.write_tensors(
+            [(t.name, t.shape, stored) for t in job.plan.tensors], ((t.name, x) for t, x in tensors)
+        )
+        if job.tokenizer is not None:
+            copy_tokenizer(job.checkpoints["decoder"], writer.folder)
+        report = job.report(dtype, seed)
+        (writer.folder / "adaptation.json").write_text(json.dumps(report, indent=1) + "\n")
+    return report
+
+
+@dataclass
+class Adaptation:
+    """Open donors and the plan for them."""
+
+    plan: Plan
+    checkpoints: Mapping[Side, Checkpoint]
+    donors: Mapping[Side, Donor]
+    tokenizer: Any
+
+    def tensors(self, dtype: torch.dtype | None, seed: int) -> Iterator[Initialised]:
+        """The pair's parameters, one by one."""
+        return initialise(self.plan, self.donors, dtype=dtype or self.donors["decoder"].dtype, seed=seed)
+
+    def report(self, dtype: torch.dtype | None, seed: int) -> dict[str, Any]:
+        """What adaptation.json says: for each tensor where it came from."""
+        choices = self.plan.choices
+        tensors = {}
+        for planned in self.plan.tensors:
+            rule = planned.rule
+            entry: dict[str, Any] = {"rule": rule.kind, "shape": list(planned.shape)}
+            if rule.side is not None and rule.donor_name is not None:
+                entry["donor"] = rule.side
+                entry["source"] = self.donors[rule.side].their_names[rule.donor_name]
+            if rule.factor != 1.0:
+                entry["factor"] = rule.factor
+            tensors[planned.name] = entry
+        return {
+            "format": 1,
+            "donors": {side: str(checkpoint.name) for side, checkpoint in self.checkpoints.items()},
+            "start": choices.start,
+            "dtype": str(dtype or self.donors["decoder"].dtype).removeprefix("torch."),
+            "seed": seed,
+            "num_parameters": self.plan.num_parameters,
+            "cross_attention": _cross_attention_start(self.plan),
+            "unused_donor_tensors": unused_tensors(self.plan, self.donors),
+            "tensors": tensors,
+        }
+
+
+def _cross_attention_start(plan: Plan) -> str:
+    kinds = {t.rule.kind for t in plan.tensors if ".cross_attn." in t.name}
+    if not kinds:
+        return "merged into self-attention: no parameters of its own"
+    return "random: train it alone first" if "normal" in kinds else "copied from self-attention"
+
+
+@contextmanager
+def open_adaptation(
+    encoder: str | Path, decoder: str | Path | None, choices: Choices
+) -> Iterator[Adaptation]:
+    """Open one or two donors and plan their pair. The donors are closed on leaving.
+
+    Raises:
+        ValueError, FileNotFoundError: see `adapt`.
+    """
+    checkpoints: dict[Side, Checkpoint] = {"encoder": resolve(encoder)}
+    checkpoints["decoder"] = resolve(decoder) if decoder is not None else checkpoints["encoder"]
+    configs = {side: donor_family(c.config).read_config(c.config) for side, c in checkpoints.items()}
+    is_pair = decoder is not None
+    if is_pair and (reason := same_tokenizer(checkpoints["encoder"], checkpoints["decoder"])):
+        raise ValueError(
+            f"the donors have different tokenizers: {reason}. Encoder and decoder of a pair must share one "
+            "vocabulary; choose two models of one family"
+        )
+    tokenizer = checkpoints["decoder"].tokenizer()
+    plan = plan_adaptation(
+        configs["encoder"],
+        configs["decoder"] if is_pair else None,
+        choices,
+        adds_bos=_adds_bos(tokenizer, configs["decoder"].bos_token_id),
+    )
+    if plan.config.reads == "final" and choices.start == "lossless":
+        warnings.warn("start='lossless' with reads='final' does not equal its donor", stacklevel=3)
+    with ExitStack() as stack:
+        encoder_source = stack.enter_context(checkpoints["encoder"].tensors())
+        decoder_source = stack.enter_context(checkpoints["decoder"].tensors()) if is_pair else encoder_source
+        sources = {"encoder": encoder_source, "decoder": decoder_source}
+        donors: dict[Side, Donor] = {
+            side: Donor(sources[side], donor_family(c.config), configs[side])
+            for side, c in checkpoints.items()
+        }
+        yield Adaptation(plan, checkpoints, donors, tokenizer)
+
+
+def _adds_bos(tokenizer: Any, bos_token_id: int | None) -> bool:
+    if tokenizer is None or bos_token_id is None:
+        return False
+    ids = tokenizer("a")["input_ids"]
+    return bool(ids) and ids[0] == bos_token_id
