@@ -1,0 +1,9 @@
+"""twofold: turn any pretrained decoder-only language model into an encoder-decoder, and use it."""
+
+from twofold.adapt import adapt
+from twofold.checkpoint.load import load
+from twofold.checkpoint.save import save
+from twofold.infer import Engine
+from twofold.models import EncoderDecoder
+
+__all__ = ["EncoderDecoder", "Engine", "adapt", "load", "save"]
