@@ -1,0 +1,25 @@
+"""Where commands print: messages and progress to stderr, results to stdout, so that `--json` output stays clean."""
+
+import json
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+
+err = Console(stderr=True, highlight=False)
+out = Console(highlight=False)
+
+
+def note(message: str) -> None:
+    """One line about what is going on."""
+    err.print(escape(message))
+
+
+def fail(message: str) -> None:
+    """What went wrong."""
+    err.print(f"[bold red]error:[/] {escape(message)}")
+
+
+def print_json(value: Any) -> None:
+    """One JSON object on one line, unwrapped."""
+    print(json.dumps(value, ensure_ascii=False), flush=True)

@@ -1,0 +1,134 @@
+"""The commands as a user types them: in a process of their own, or called with their arguments."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+import twofold
+from tests.models.hf import donor, gemma2_config, llama_config
+from twofold.cli import main
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Calls the command line in this process; returns exit status, stdout, stderr."""
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["twofold", *map(str, arguments)])
+        try:
+            main()
+            status = 0
+        except SystemExit as exit:
+            status = exit.code or 0
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return call
+
+
+@pytest.fixture
+def donor_folder(tmp_path, byte_tokenizer):
+    folder = tmp_path / "donor"
+    config = llama_config(vocab_size=258, max_position_embeddings=256, bos_token_id=256, eos_token_id=257)
+    donor(config).save_pretrained(folder)
+    byte_tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_adapt_inspect_generate(run, donor_folder, tmp_path):
+    pair = tmp_path / "pair"
+    status, out, err = run(
+        "adapt", donor_folder, "-o", pair, "--start", "lossless", "--encoder-mask", "sink", "--json"
+    )
+    assert status == 0, err
+    summary = json.loads(out)
+    assert summary["out"] == str(pair)
+    assert summary["start"] == "lossless"
+
+    status, out, _ = run("inspect", pair, "--json")
+    report = json.loads(out)
+    assert status == 0
+    assert report["encoder_mask"] == "4 sink"
+    assert report["parameters"]["total"] == summary["num_parameters"]
+    assert report["problems"] == []
+    assert report["adapted_from"]["start"] == "lossless"
+
+    status, out, _ = run("generate", pair, "hello", "good bye", "--max-new-tokens", "4", "--json")
+    assert status == 0
+    lines = [json.loads(line) for line in out.splitlines()]
+    expected = twofold.Engine(twofold.load(pair), device="cpu").generate(
+        ["hello", "good bye"], max_new_tokens=4
+    )
+    assert [line["token_ids"] for line in lines] == [list(c.token_ids) for c in expected]
+
+
+def test_adapt_options_reach_the_plan(run, donor_folder, tmp_path):
+    out = tmp_path / "pair"
+    options = "--start scaled_copy --reads aligned --cross-rope --decoder-positions continue --decoder-layers 0,2-3 "
+    options += "--encoder-mask sink,sink,causal,bidirectional --dtype bfloat16 --output-scale 0.2 --decoder-start bos"
+    status, _, err = run("adapt", donor_folder, "-o", out, *options.split())
+    assert status == 0, err
+    config = twofold.load(out).config
+    assert (config.reads, config.cross_rope, config.decoder_positions) == ("aligned", True, "continue")
+    assert config.aligned_layers == (0, 2, 3)
+    assert config.encoder_mask == ("sink", "sink", "causal", "bidirectional")
+
+
+def test_inspect_shows_a_donor_and_a_table(run, donor_folder, tmp_path):
+    status, out, _ = run("inspect", donor_folder)
+    assert status == 0
+    assert "decoder-only donor (llama)" in out
+    assert "hidden_size" in out
+    donor(gemma2_config()).save_pretrained(tmp_path / "gemma")
+    assert "soft_caps" in run("inspect", tmp_path / "gemma")[1]
+
+
+def test_generate_from_file_to_file(run, donor_folder, tmp_path):
+    pair = tmp_path / "pair"
+    run("adapt", donor_folder, "-o", pair, "--start", "lossless")
+    inputs, outputs = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    chat = {"messages": [{"role": "user", "content": "hi"}]}
+    inputs.write_text(json.dumps({"text": "one"}) + "\n\n" + json.dumps(chat) + "\n")
+    assert run("generate", pair, "-f", inputs, "-o", outputs, "--max-new-tokens", "3")[0] == 0
+    assert len(outputs.read_text().splitlines()) == 2
+    status, _, err = run("generate", pair, "-f", inputs, "-o", outputs)
+    assert status == 2
+    assert "exists" in err
+    inputs.write_text('{"text": "one"}\n{"txt": 1}\n')
+    status, _, err = run("generate", pair, "-f", inputs)
+    assert status == 2
+    assert "line 2" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["adapt", "nowhere", "-o", "x"], "no such file or folder"),
+        (["inspect", "nowhere"], "no such file or folder"),
+        (["generate", "nowhere"], "exactly one of them"),
+        (["adapt", "nowhere", "-o", "x", "--dtype", "float8"], "--dtype must be one of"),
+        (["adapt", "nowhere", "-o", "x", "--decoder-layers", "a"], "such as 0,3,6 or 0-9"),
+        (["adapt", "nowhere", "-o", "x", "--start", "magic"], "start must be one of"),
+    ],
+)
+def test_errors_are_one_message_and_status_2(run, arguments, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    status, out, err = run(*arguments)
+    assert status == 2
+    assert message in " ".join(err.split())
+    assert "Traceback" not in err
+    assert out == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_command_is_installed():
+    result = subprocess.run(
+        [sys.executable, "-c", "from twofold.cli import main; main()", "--help"],
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0
+    for verb in ("adapt", "inspect", "generate", "train"):
+        assert verb in result.stdout

@@ -1,0 +1,46 @@
+"""Fixtures that several areas share."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from tests.models.tiny import build, pair_config, stack
+from twofold import EncoderDecoder
+
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+@pytest.fixture(scope="session")
+def byte_tokenizer() -> Any:
+    """One token per byte (0-255), then <|im_start|> 256 and <|im_end|> 257; a ChatML template."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    inner = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    inner.decoder = decoders.ByteLevel()
+    inner.add_special_tokens([AddedToken(t, special=True) for t in ("<|im_start|>", "<|im_end|>")])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner, chat_template=CHATML, bos_token="<|im_start|>", eos_token="<|im_end|>"
+    )
+
+
+@pytest.fixture
+def text_model(byte_tokenizer: Any) -> Callable[..., EncoderDecoder]:
+    """A tiny random model that takes text; a lossless-style pair unless told otherwise."""
+
+    def make(**changes: Any) -> EncoderDecoder:
+        settings = {
+            "layout": "merged", "reads": "aligned", "cross_rope": True, "decoder_positions": "continue",
+            "decoder_start": "last_source_token", "bos_token_id": 256, "eos_token_ids": (257,), "pad_token_id": 257,
+        }  # fmt: skip
+        config = pair_config(stack(vocab_size=258, max_position_embeddings=256), **(settings | changes))
+        model = build(config)
+        model.tokenizer = byte_tokenizer
+        return model
+
+    return make
