@@ -120,8 +120,8 @@ def test_configs_are_frozen_and_survive_json() -> None:
 
 
 def test_layers_are_cut_in_the_given_order() -> None:
-    cut = StackConfig(**STACK).with_layers((2, 1))
-    assert (cut.num_hidden_layers, cut.layer_types) == (2, ("full_attention", "sliding_attention"))
+    cut = StackConfig(**STACK).with_layers((1, 2))
+    assert (cut.num_hidden_layers, cut.layer_types) == (2, ("sliding_attention", "full_attention"))
     assert StackConfig.model_validate(cut.model_dump()) == cut
     assert cut.hidden_size == 32
 

@@ -12,8 +12,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from twofold.models.masks import Tokens
-
 
 class KeyValues(NamedTuple):
     """Keys and values of one layer, each [B, K, S, H]."""
@@ -81,26 +79,3 @@ class DecoderCache:
         assert self.segments is not None
         self.segments = self.segments[rows]
         self.layers = [LayerCache(layer.own.rows(rows), layer.source.rows(rows)) for layer in self.layers]
-
-
-def tokens_in_reach(tokens: Tokens, past: int | None) -> int:
-    """How many of the newest tokens a sliding layer must keep for the tokens that follow.
-
-    A later token stands behind the newest of its segment and sees `past` positions back, so a column stays
-    while any row still needs it. With padding inside rows that is more than `past` columns. One host sync
-    where the tokens are not plain.
-
-    Args:
-        tokens: all decoder tokens so far, [B, P]. Later ones belong to the last segment of each row.
-        past: positions a query sees back; None keeps everything.
-    """
-    n_tokens = tokens.segments.shape[1]
-    if past is None:
-        return n_tokens
-    if tokens.is_plain or past == 0:
-        return min(n_tokens, past)
-    last_segment = tokens.segments.amax(dim=1, keepdim=True)
-    is_live = (tokens.segments == last_segment) & (last_segment > 0)
-    newest = torch.where(is_live, tokens.positions, -1).amax(dim=1, keepdim=True)
-    is_needed = (is_live & (tokens.positions > newest - past)).any(dim=0)
-    return n_tokens - int(is_needed.to(torch.int8).argmax())

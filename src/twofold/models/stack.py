@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from twofold.config import EncoderDecoderConfig, LayerType, StackConfig
 from twofold.models.attention import Attention, RopeTables
-from twofold.models.cache import DecoderCache, LayerCache, tokens_in_reach
+from twofold.models.cache import DecoderCache, LayerCache
 from twofold.models.layers import Embedding, GatedMLP, RMSNorm, rope_tables
 from twofold.models.masks import AttentionMask, Rule, Tokens, decoder_rule, encoder_rule
 
@@ -230,7 +230,7 @@ class Decoder(Stack):
         rope = self.rope(queries.positions)
         source_rope = self.rope(source.tokens.positions) if self.cross_rope and past is None else {}
         cross_mask = AttentionMask(queries, (source.tokens, Rule()))
-        views, reach = {}, {}
+        views = {}
         for layer_type, first in self.first_layer.items():
             n_past = 0 if past is None else past[first].own.length
             keys = own_tokens.last(n_past + n_new)
@@ -241,8 +241,6 @@ class Decoder(Stack):
                 self._self_mask(layer_type, queries, keys, source.tokens),
                 cross_mask,
             )
-            rule = decoder_rule(self.stack_config, layer_type)
-            reach[layer_type] = tokens_in_reach(own_tokens, rule.past) if cache is not None else 0
 
         x_BTD = self.dropout(self.embed_tokens(input_ids))
         hidden: list[Tensor] = []
@@ -252,7 +250,10 @@ class Decoder(Stack):
             memory = source.memory[i if len(source.memory) > 1 else 0]
             x_BTD, seen = layer(x_BTD, memory, views[layer_type], None if past is None else past[i])
             if cache is not None:
-                kept.append(LayerCache(seen.own.last(reach[layer_type]), seen.source))
+                # Positions count gaps, so that no later token sees more than `past` columns back.
+                reach = decoder_rule(self.stack_config, layer_type).past
+                own = seen.own if reach is None else seen.own.last(reach)
+                kept.append(LayerCache(own, seen.source))
         if cache is not None:
             cache.layers, cache.segments, cache.is_plain = kept, own_tokens.segments, own_tokens.is_plain
         x_BTD = self.dropout(self.norm(x_BTD))

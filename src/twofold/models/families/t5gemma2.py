@@ -167,9 +167,11 @@ def differences_from_t5gemma2(config: EncoderDecoderConfig) -> list[str]:
             found.append(
                 f"{side}: hidden_size {stack.hidden_size} is no multiple of {stack.num_attention_heads} heads"
             )
-    for rate in ("dropout_rate", "attention_dropout"):
-        if getattr(config.encoder, rate) != getattr(config.decoder, rate):
-            found.append(f"{rate} differs between encoder and decoder; the file has one for both")
+    found += [
+        f"{rate} differs between encoder and decoder; the file has one for both"
+        for rate in ("dropout_rate", "attention_dropout")
+        if getattr(config.encoder, rate) != getattr(config.decoder, rate)
+    ]
     return found
 
 

@@ -1,0 +1,295 @@
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from tests.models.tiny import (
+    MEETINGS,
+    assert_same,
+    build,
+    differ,
+    gemma_stack,
+    pair_config,
+    random_ids,
+    stack,
+)
+from twofold.models import DecoderCache
+from twofold.models.attention import Attention, Backend, attend
+from twofold.models.layers import rope_tables, rotate
+from twofold.models.masks import AttentionMask, Rule, Tokens
+
+
+def naive(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float, softcap: float | None) -> Tensor:
+    """One score at a time, in float64."""
+    n_batch, n_heads, n_queries, head_dim = q.shape
+    n_groups = n_heads // k.shape[1]
+    out = torch.zeros_like(q)
+    for b in range(n_batch):
+        for n in range(n_heads):
+            keys, values = k[b, n // n_groups].double(), v[b, n // n_groups].double()
+            for t in range(n_queries):
+                weights = []
+                for s in range(len(keys)):
+                    score = scale * sum(
+                        x * y for x, y in zip(q[b, n, t].tolist(), keys[s].tolist(), strict=True)
+                    )
+                    if softcap is not None:
+                        score = softcap * math.tanh(score / softcap)
+                    weights.append(math.exp(score) if visible[b, t, s] else 0.0)
+                total = sum(weights)
+                row = torch.zeros(head_dim, dtype=torch.float64)
+                for weight, value in zip(weights, values, strict=True):
+                    row += value * weight / total if total else 0.0
+                out[b, n, t] = row
+    return out
+
+
+def qkv(n_queries: int, n_keys: int, *, n_heads: int = 4, n_kv_heads: int = 2, seed: int = 0) -> list[Tensor]:
+    """Scores of order 10 before scaling."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(2, n_heads, n_queries, 8), (2, n_kv_heads, n_keys, 8), (2, n_kv_heads, n_keys, 8)]
+    return [2 * torch.randn(shape, generator=generator) for shape in shapes]
+
+
+def holey_mask() -> AttentionMask:
+    """Two rows of 5 queries over 3 source and 5 own keys; in row 1 queries 0, 1 and 4 see nothing."""
+    source = Tokens.from_segments(torch.tensor([[1, 1, 1], [0, 0, 0]]))
+    own = Tokens.from_segments(torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 0]]))
+    return AttentionMask(own, (source, Rule()), (own, Rule(past=1, future=0)))
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("n_kv_heads", [1, 2, 4])
+def test_eager_against_a_naive_loop(softcap: float | None, n_kv_heads: int) -> None:
+    q, k, v = qkv(5, 8, n_kv_heads=n_kv_heads)
+    mask = holey_mask()
+    out = attend(q, k, v, mask, scale=0.4, softcap=softcap, backend="eager")
+    assert_same(out, naive(q, k, v, mask.dense, 0.4, softcap), 1e-6)
+    uncapped = attend(q, k, v, mask, scale=0.4, backend="eager")
+    assert (softcap is not None) == differ(out, uncapped)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("backend", ["eager", "sdpa", "flex"])
+def test_a_query_without_keys_gives_zeros(backend: Backend) -> None:
+    """Rule R16."""
+    q, k, v = qkv(5, 8)
+    with torch.no_grad():
+        out = attend(q, k, v, holey_mask(), scale=0.4, backend=backend)
+    for query in (0, 1, 4):
+        assert torch.equal(out[1, :, query], torch.zeros(4, 8))
+    assert (out[1, :, 2:4].abs().amax(-1) > 0).all()
+    assert (out[0].abs().amax(-1) > 0).all()
+
+
+@pytest.mark.parametrize("backend", ["eager", "sdpa"])
+def test_gradients_are_finite_beside_empty_rows(backend: Backend) -> None:
+    leaves = [t.requires_grad_() for t in qkv(5, 8)]
+    attend(*leaves, holey_mask(), scale=0.4, backend=backend).square().sum().backward()
+    for leaf in leaves:
+        assert leaf.grad is not None
+        assert torch.isfinite(leaf.grad).all()
+    q, k, _ = leaves
+    assert q.grad is not None
+    assert k.grad is not None
+    assert q.grad[1, :, [0, 1, 4]].abs().max() == 0
+    assert k.grad[1, :, :5].abs().max() == 0  # the source and the padding of row 1
+
+
+RULES = st.builds(
+    Rule, past=st.none() | st.integers(0, 3), future=st.none() | st.integers(0, 3), sink=st.booleans()
+)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@settings(max_examples=15, deadline=None)
+@given(st.data())
+def test_backends_agree_on_random_masks(data: st.DataObject) -> None:
+    rows = st.lists(st.integers(0, 2), min_size=6, max_size=6).map(sorted)
+    shift = data.draw(st.integers(0, 5))
+
+    def tokens() -> Tokens:
+        ids = torch.tensor([data.draw(rows), data.draw(rows)]).roll(shift, dims=1)
+        return Tokens.from_segments(torch.where(ids.cummax(1).values == ids, ids, 0))
+
+    own, source = tokens(), tokens()
+    mask = AttentionMask(own, (source, data.draw(RULES)), (own, data.draw(RULES)))
+    q, k, v = qkv(6, 12, seed=data.draw(st.integers(0, 99)))
+    with torch.no_grad():
+        eager = attend(q, k, v, mask, scale=0.4, backend="eager")
+        assert_same(attend(q, k, v, mask, scale=0.4, backend="sdpa"), eager, 1e-6)
+        assert_same(attend(q, k, v, mask, scale=0.4, backend="flex"), eager, 1e-6)
+        capped = attend(q, k, v, mask, scale=0.4, softcap=2.0, backend="eager")
+        assert_same(attend(q, k, v, mask, scale=0.4, softcap=2.0, backend="flex"), capped, 1e-6)
+
+
+@pytest.mark.parametrize(
+    "rule", [Rule(), Rule(future=0), Rule(past=2, future=0)], ids=["open", "causal", "window"]
+)
+@pytest.mark.parametrize("is_plain", [True, False])
+def test_sdpa_shortcuts_equal_eager(rule: Rule, is_plain: bool) -> None:
+    tokens = Tokens.from_segments(torch.ones(2, 6, dtype=torch.int64), is_plain=is_plain)
+    mask = AttentionMask(tokens, (tokens, rule))
+    q, k, v = qkv(6, 6)
+    wanted = naive(q, k, v, mask.dense, 0.4, None)
+    assert_same(attend(q, k, v, mask, scale=0.4, backend="sdpa"), wanted, 1e-6)
+
+
+def test_eager_softmax_is_float32() -> None:
+    """With bfloat16 inputs the result stays near the exact one: scores are not rounded before the softmax."""
+    q, k, v = (t.to(torch.bfloat16) for t in qkv(5, 8))
+    mask = holey_mask()
+    out = attend(q, k, v, mask, scale=0.4, softcap=2.0, backend="eager")
+    assert out.dtype == torch.bfloat16
+    assert_same(out.float(), naive(q.float(), k.float(), v.float(), mask.dense, 0.4, 2.0), 2e-2)
+
+
+def test_dropout_drops_weights_in_eager_and_sdpa() -> None:
+    q, k, _ = qkv(5, 8)
+    ones = torch.ones(2, 2, 8, 8)
+    mask = holey_mask()
+    for backend in ("eager", "sdpa"):
+        torch.manual_seed(0)
+        out = attend(q, k, ones, mask, scale=0.1, dropout_p=0.5, backend=backend)  # type: ignore[arg-type]
+        # A row of weights sums to 1; with half of them dropped and the rest doubled it does no more.
+        assert differ(out[0], torch.ones(4, 5, 8))
+
+
+def test_what_a_backend_cannot_do_is_refused() -> None:
+    q, k, v = qkv(5, 8)
+    mask = holey_mask()
+    with pytest.raises(
+        ValueError, match=r"'sdpa' has no soft-cap, and this model caps scores at 50.0; use 'eager'"
+    ):
+        attend(q, k, v, mask, scale=1.0, softcap=50.0, backend="sdpa")
+    with pytest.raises(ValueError, match=r"'flex' has no dropout, got 0.1"):
+        attend(q, k, v, mask, scale=1.0, dropout_p=0.1, backend="flex")
+    for leaf in (q, k, v):
+        leaf.requires_grad_()
+        with pytest.raises(ValueError, match="'flex' has no gradient on CPU; use 'eager' or 'sdpa'"):
+            attend(q, k, v, mask, scale=1.0, backend="flex")
+        leaf.requires_grad_(False)
+    with pytest.raises(
+        ValueError, match="unknown attention backend 'flash'; use one of auto, eager, sdpa, flex"
+    ):
+        attend(q, k, v, mask, scale=1.0, backend="flash")  # type: ignore[arg-type]
+
+
+def test_auto_keeps_the_soft_cap_and_trains() -> None:
+    """D1: never a silent drop."""
+    q, k, v = (t.requires_grad_() for t in qkv(5, 8))
+    mask = holey_mask()
+    for softcap in (None, 2.0):
+        auto = attend(q, k, v, mask, scale=0.4, softcap=softcap)
+        assert_same(auto, attend(q, k, v, mask, scale=0.4, softcap=softcap, backend="eager"), 1e-6)
+        auto.sum().backward()
+
+
+# The module around it.
+
+
+def test_queries_and_keys_are_normed_before_they_are_rotated() -> None:
+    torch.manual_seed(0)
+    module = Attention(gemma_stack(), memory_size=20)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.normal_(0, 0.3)
+    rope = rope_tables(gemma_stack().rope["full_attention"], 8, torch.arange(5)[None])
+    x, memory = torch.randn(2, 5, 32), torch.randn(2, 5, 20)
+    q = (x @ module.q_proj.weight.T).view(2, 5, 4, 8).transpose(1, 2)
+    k = (memory @ module.k_proj.weight.T).view(2, 5, 2, 8).transpose(1, 2)
+    v = (memory @ module.v_proj.weight.T).view(2, 5, 2, 8).transpose(1, 2)
+
+    def norm(t: Tensor, weight: Tensor) -> Tensor:
+        return t / (t.square().mean(-1, keepdim=True) + 1e-6).sqrt() * (1 + weight)
+
+    q, k = norm(q, module.q_norm.weight), norm(k, module.k_norm.weight)  # type: ignore[union-attr]
+    assert_same(module.queries(x, None), q, 1e-6)
+    assert_same(module.queries(x, rope), rotate(q, rope), 1e-6)
+    plain, rotated = module.keys_values(memory, None), module.keys_values(memory, rope)
+    assert_same(plain.keys, k, 1e-6)
+    assert_same(rotated.keys, rotate(k, rope), 1e-6)
+    assert torch.equal(plain.values, rotated.values)
+    assert_same(plain.values, v, 1e-6)
+
+
+def test_scale_is_read_from_the_config() -> None:
+    assert Attention(stack(query_pre_attn_scalar=16), 32).scale == 0.25
+
+
+def test_biases_follow_the_config() -> None:
+    def biases(**changes: Any) -> set[str]:
+        names = {name for name, _ in Attention(stack(**changes), 32).named_parameters()}
+        return {name for name in names if name.endswith("bias")}
+
+    assert biases() == set()
+    assert biases(qkv_bias=True) == {"q_proj.bias", "k_proj.bias", "v_proj.bias"}
+    assert biases(output_bias=True) == {"o_proj.bias"}
+
+
+def test_attention_dropout_is_for_training_only() -> None:
+    config = pair_config(stack(attention_dropout=0.5))
+    model = build(config)
+    source, target = random_ids(1, 6), random_ids(1, 5, seed=1)
+    with torch.no_grad():
+        first = model(source, decoder_input_ids=target).logits
+        assert torch.equal(first, model(source, decoder_input_ids=target).logits)
+        model.train()
+        torch.manual_seed(0)
+        assert differ(first, model(source, decoder_input_ids=target).logits)
+
+
+# The whole model.
+
+
+def test_backend_reaches_every_module() -> None:
+    """D17."""
+    for layout, per_decoder_layer in (("separate", 2), ("merged", 1)):
+        model = build(pair_config(stack(), layout=layout))
+        attentions = [m for m in model.modules() if isinstance(m, Attention)]
+        assert len(attentions) == 3 + 3 * per_decoder_layer
+        assert {m.backend for m in attentions} == {"auto"}
+        model.set_attention_backend("eager")
+        assert {m.backend for m in attentions} == {"eager"}
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("layout", ["separate", "merged"])
+@torch.no_grad()
+def test_backends_agree_beyond_the_window(layout: str) -> None:
+    """D1, D2: source and target longer than windows of 3, scores beyond the cap."""
+    for config, backends in ((gemma_stack(), ("auto", "flex")), (stack(), ("auto", "sdpa", "flex"))):
+        model = build(
+            pair_config(config, layout=layout), qk_factor=3.0 if config.attn_logit_softcapping else 1.0
+        )
+        source, target = random_ids(2, 11), random_ids(2, 9, seed=1)
+        source[1, 7:] = 0
+
+        def run(
+            model: Any = model, source: Tensor = source, target: Tensor = target
+        ) -> tuple[Tensor, Tensor]:
+            whole = model(source, decoder_input_ids=target).logits
+            cache, encoded = DecoderCache(), model.encode(source)
+            steps = [
+                model(decoder_input_ids=piece, encoder_output=encoded, cache=cache).logits
+                for piece in target.split([5, 1, 1, 1, 1], dim=1)
+            ]
+            return whole, torch.cat(steps, dim=1)
+
+        model.set_attention_backend("eager")
+        eager, _ = run()
+        for backend in backends:
+            model.set_attention_backend(backend)
+            for logits in run():
+                assert_same(logits, eager)
+
+
+def test_sdpa_refuses_a_model_with_a_cap_and_takes_one_without() -> None:
+    model = build(pair_config(gemma_stack(), **MEETINGS[0]))
+    model.set_attention_backend("sdpa")
+    with pytest.raises(ValueError, match="'sdpa' has no soft-cap"):
+        model.encode(random_ids(1, 4))
