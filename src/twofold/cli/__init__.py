@@ -10,6 +10,7 @@ import typer
 
 from twofold.cli import adapt, generate, inspect, train
 from twofold.cli.console import fail, note
+from twofold.train import NonFiniteError
 
 app = typer.Typer(
     name="twofold",
@@ -30,7 +31,7 @@ def main() -> None:
     warnings.showwarning = lambda message, *_args, **_options: note(f"warning: {message}")
     try:
         app()
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError, NonFiniteError) as error:
         fail(str(error))
         sys.exit(2)
     except KeyboardInterrupt:

@@ -12,12 +12,12 @@ out = Console(highlight=False)
 
 def note(message: str) -> None:
     """One line about what is going on."""
-    err.print(escape(message))
+    err.print(escape(message), soft_wrap=True)
 
 
 def fail(message: str) -> None:
     """What went wrong."""
-    err.print(f"[bold red]error:[/] {escape(message)}")
+    err.print(f"[bold red]error:[/] {escape(message)}", soft_wrap=True)
 
 
 def print_json(value: Any) -> None:

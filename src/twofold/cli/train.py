@@ -1,0 +1,71 @@
+"""`twofold train`: a recipe in, a trained checkpoint out."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from twofold.cli.console import err, note, print_json
+from twofold.config.recipe import Recipe, load_recipe
+from twofold.train import TrainResult, progress_for, train
+
+
+def train_command(
+    recipe: Annotated[Path, typer.Argument(help="YAML file that describes the run.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="key=value, such as steps=100 optimizer.learning_rate=1e-4.")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the newest checkpoint in the output.")
+    ] = False,
+    json: Annotated[
+        bool, typer.Option("--json", help="Print the result as one JSON object, as last line.")
+    ] = False,
+) -> None:
+    """Train an encoder-decoder as a recipe says; Ctrl-C or SIGTERM saves and stops, --resume goes on."""
+    run = load_recipe(recipe, overrides or ())
+    note(
+        f"{run.stage} of {_model_name(run)} with {recipe}: {run.steps:,} steps of {run.positions_per_step:,} "
+        "positions"
+    )
+    note(f"loading model and data; results go to {run.output}")
+    result = train(run, resume=resume, callbacks=[progress_for(err)])
+    if result.is_finished:
+        note(f"wrote {result.model_path} (the model) and {result.output / 'metrics.jsonl'}")
+    else:
+        note(f"stopped after step {result.step} of {run.steps}, saved {result.checkpoint}")
+        note(f"go on with: {_resume_line(recipe, overrides or ())}")
+    if json:
+        print_json(_summary(result))
+
+
+def _model_name(recipe: Recipe) -> str:
+    adapt = recipe.model.adapt
+    if adapt is None:
+        return str(recipe.model.path)
+    donors = (
+        adapt.encoder if adapt.decoder is None else f"{adapt.encoder} (encoder) and {adapt.decoder} (decoder)"
+    )
+    return f"a pair made of {donors}"
+
+
+def _resume_line(recipe: Path, overrides: Sequence[str]) -> str:
+    return shlex.join(["twofold", "train", str(recipe), *overrides, "--resume"])
+
+
+def _summary(result: TrainResult) -> dict[str, Any]:
+    return {
+        "finished": result.is_finished,
+        "step": result.step,
+        "loss": result.losses[-1] if result.losses else None,
+        "held_out_loss": result.held_out[-1][1] if result.held_out else None,
+        "tokens": result.tokens,
+        "seconds": round(result.seconds, 3),
+        "model": None if result.model_path is None else str(result.model_path),
+        "checkpoint": str(result.checkpoint),
+        "output": str(result.output),
+    }

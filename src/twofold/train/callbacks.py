@@ -1,0 +1,66 @@
+"""What a run tells those who watch it. The loop itself never prints, logs or draws."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from twofold.train.evaluate import Evaluation
+from twofold.train.step import StepResult
+
+
+@dataclass(frozen=True, slots=True)
+class RunStart:
+    """What is known before the first step."""
+
+    steps: int
+    first_step: int
+    """1, or more in a resumed run."""
+    num_parameters: int
+    """Shared parameters once."""
+    num_trainable: int
+    device: str
+    output: Path
+
+
+@dataclass(frozen=True, slots=True)
+class TrainResult:
+    """What a run came to."""
+
+    output: Path
+    step: int
+    """Steps done."""
+    is_finished: bool
+    """False: a signal stopped it, and it can be resumed."""
+    losses: list[float]
+    """Of every step since the very first, in nats per scored token."""
+    held_out: list[tuple[int, float]]
+    """(steps done, held-out loss) of every evaluation."""
+    tokens: int
+    """Real tokens trained on, both sides."""
+    seconds: float
+    """Of this process's part of the run."""
+    model_path: Path | None
+    """The final model; None unless finished."""
+    checkpoint: Path
+    """The last training checkpoint."""
+
+
+class Callback:
+    """Base of watchers; override what you want to see."""
+
+    def on_start(self, run: RunStart) -> None:
+        """All checks have passed; the first step follows."""
+
+    def on_step(self, step: int, result: StepResult) -> None:
+        """A step is done; `step` is 1 for the first."""
+
+    def on_evaluation(self, step: int, evaluation: Evaluation) -> None:
+        """An evaluation after `step` steps."""
+
+    def on_checkpoint(self, step: int, path: Path) -> None:
+        """A checkpoint is complete."""
+
+    def on_end(self, result: TrainResult) -> None:
+        """The run is finished or was stopped by a signal; not called after an error."""
+
+    def close(self) -> None:
+        """Always called last."""

@@ -1,0 +1,44 @@
+"""Held-out loss."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+
+from twofold.data import Batch
+from twofold.models import EncoderDecoder
+from twofold.train.step import Precision, batch_loss
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """The loss over a set of batches."""
+
+    loss: float
+    """Nats per scored token, every token with the same weight."""
+    scored_tokens: int
+
+
+@torch.no_grad()
+def evaluate(model: EncoderDecoder, batches: Iterable[Batch], precision: Precision = "float32") -> Evaluation:
+    """The mean loss per scored token, without dropout; the model's mode is left as it was.
+
+    Args:
+        batches: `loader.one_pass()`.
+
+    Raises:
+        ValueError: nothing is scored.
+    """
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    total, n_scored = torch.zeros((), dtype=torch.float64, device=device), 0
+    try:
+        for batch in batches:
+            n_scored += batch.num_scored_tokens
+            total += batch_loss(model, batch.to(device), precision)
+    finally:
+        model.train(was_training)
+    if n_scored == 0:
+        raise ValueError("the held-out batches have no scored token; check data.held_out")
+    return Evaluation(total.item() / n_scored, n_scored)

@@ -1,0 +1,145 @@
+"""From a recipe to a run: model, sentinels, loaders, and all checks that can come before the first step."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import yaml
+
+from twofold.adapt import adapt
+from twofold.adapt.vocabulary import add_sentinels
+from twofold.checkpoint.load import load
+from twofold.config import EncoderDecoderConfig
+from twofold.config.data import DataConfig
+from twofold.config.recipe import ModelConfig, Recipe
+from twofold.data import Convention, Loader, Record, open_corpora, required_sentinels
+from twofold.models import EncoderDecoder
+from twofold.objectives import find_sentinels
+from twofold.train.callbacks import Callback, RunStart, TrainResult
+from twofold.train.loop import device_of, find_start, fit, new_state
+
+Corpus = Sequence[Record]
+
+
+def train(recipe: Recipe, *, resume: bool = False, callbacks: Sequence[Callback] = ()) -> TrainResult:
+    """Do what a recipe says.
+
+    Beside what `fit` writes, `output` gets recipe.resolved.yaml and, for a new pair, adaptation.json.
+
+    Args:
+        recipe: see `load_recipe`.
+        resume: see `fit`.
+        callbacks: watchers.
+
+    Raises:
+        FileExistsError, FileNotFoundError: see `fit`; before anything is loaded. Also: no donors or no data.
+        ValueError: model, data and settings do not go together; nothing has been written.
+        NonFiniteError: see `fit`.
+    """
+    output = Path(recipe.output)
+    checkpoint = find_start(output, resume=resume)
+    new_state(recipe, checkpoint)
+    device_of(recipe)
+    corpora = open_corpora(recipe.data)
+    model = build_model(recipe.model, checkpoint)
+    train_loader, held_out_loader = build_loaders(recipe.data, corpora, model)
+    watchers = [RunFiles(recipe, model), *callbacks]
+    return fit(model, train_loader, held_out_loader, recipe, output, watchers, resume=resume)
+
+
+def build_model(config: ModelConfig, checkpoint: Path | None = None) -> EncoderDecoder:
+    """The model of a run in float32, from a training checkpoint, a checkpoint, or donors."""
+    if checkpoint is not None:
+        return load(checkpoint, dtype=torch.float32)
+    if config.path is not None:
+        return load(config.path, dtype=torch.float32, skip_vision=config.skip_vision)
+    assert config.adapt is not None
+    return adapt(**config.adapt.model_dump(), dtype=torch.float32)
+
+
+def build_loaders(
+    config: DataConfig, corpora: tuple[list[Corpus], list[Corpus]], model: EncoderDecoder
+) -> tuple[Loader, Loader | None]:
+    """The training loader, and that of the held-out documents where there are any.
+
+    Adds sentinels to the model's vocabulary and tokenizer where the objective needs more than there are.
+
+    Args:
+        config: objective and lengths.
+        corpora: `open_corpora(config)`.
+        model: with its tokenizer.
+
+    Raises:
+        ValueError: no tokenizer, rows longer than the model's positions, no example in the data, or token ids
+            outside the vocabulary.
+    """
+    if model.tokenizer is None:
+        raise ValueError(
+            "the model has no tokenizer, so text cannot be read; put tokenizer files into its folder"
+        )
+    check_lengths(config, model.config)
+    convention = Convention.of(model.config)
+    sentinels = sentinel_ids(model, required_sentinels(model.tokenizer, config, convention))
+    loaders = [Loader(part, model.tokenizer, config, convention, sentinels) for part in corpora if part]
+    for loader in loaders:
+        _check_first_batch(loader, model.config.decoder.vocab_size)
+    return loaders[0], loaders[1] if corpora[1] else None
+
+
+def check_lengths(data: DataConfig, model: EncoderDecoderConfig) -> None:
+    """Refuse rows that could hold an example longer than the model's positions.
+
+    Raises:
+        ValueError: says which length, and the limit.
+    """
+    source, target = ("data.source_length", data.source_length), ("data.target_length", data.target_length)
+    if model.decoder_positions == "continue":
+        # The decoder counts on from the source.
+        target = (
+            "data.target_length together with data.source_length",
+            data.target_length + data.source_length,
+        )
+    for (name, length), stack in ((source, model.encoder), (target, model.decoder)):
+        if length > stack.max_position_embeddings:
+            raise ValueError(
+                f"{name} is {length} tokens, the model has max_position_embeddings "
+                f"{stack.max_position_embeddings}; lower it"
+            )
+
+
+def sentinel_ids(model: EncoderDecoder, count: int) -> list[int]:
+    """Ids of `count` sentinels: unused tokens of the vocabulary, or new ones where it has too few."""
+    size = model.config.decoder.vocab_size
+    vocab = {token: i for token, i in model.tokenizer.get_vocab().items() if i < size}
+    try:
+        return find_sentinels(vocab, count)
+    except ValueError:
+        return add_sentinels(model, count)
+
+
+def _check_first_batch(loader: Loader, vocab_size: int) -> None:
+    batch = next(iter(loader.one_pass()))  # raises where no document gives an example
+    highest = max(int(batch.input_ids.max()), int(batch.decoder_input_ids.max()), int(batch.labels.max()))
+    if highest >= vocab_size:
+        raise ValueError(
+            f"the tokenizer gives id {highest}, the model has {vocab_size} embeddings; use the tokenizer the "
+            "model was made with"
+        )
+
+
+class RunFiles(Callback):
+    """What a run is, beside its results: recipe.resolved.yaml, adaptation.json."""
+
+    def __init__(self, recipe: Recipe, model: EncoderDecoder) -> None:
+        self._recipe = recipe
+        self._model = model
+
+    def on_start(self, run: RunStart) -> None:
+        content = yaml.safe_dump(self._recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        (run.output / "recipe.resolved.yaml").write_text(content, encoding="utf-8")
+        if self._model.adaptation is not None:
+            report = json.dumps(self._model.adaptation, indent=1) + "\n"
+            (run.output / "adaptation.json").write_text(report, encoding="utf-8")
