@@ -134,7 +134,7 @@ def adapt_to_folder(
             [(t.name, t.shape, stored) for t in job.plan.tensors], ((t.name, x) for t, x in tensors)
         )
         if job.tokenizer is not None:
-            copy_tokenizer(job.checkpoints["decoder"], writer.folder)
+            copy_tokenizer(job.checkpoints["decoder"], writer.folder, job.tokenizer)
         report = job.report(dtype, seed)
         (writer.folder / "adaptation.json").write_text(json.dumps(report, indent=1) + "\n")
     return report

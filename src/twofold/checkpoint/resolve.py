@@ -91,10 +91,13 @@ def resolve(path_or_name: str | Path) -> Checkpoint:
     return _from_folder(_download(name), name=name)
 
 
-def copy_tokenizer(checkpoint: Checkpoint, out_folder: str | Path) -> list[Path]:
+def copy_tokenizer(checkpoint: Checkpoint, out_folder: str | Path, loaded: Any = None) -> list[Path]:
     """Writes the checkpoint's tokenizer files into an existing folder, which must not have them yet.
 
     Files are copied as they are; the tokenizer of a GGUF file is converted.
+
+    Args:
+        loaded: the checkpoint's tokenizer where it is loaded already; converting one from GGUF takes seconds.
 
     Returns:
         The files written; none where the checkpoint has no tokenizer.
@@ -110,7 +113,7 @@ def copy_tokenizer(checkpoint: Checkpoint, out_folder: str | Path) -> list[Path]
     if not _has_tokenizer(checkpoint):
         return []
     if checkpoint.gguf_file is not None:
-        _load_tokenizer(checkpoint).save_pretrained(str(out_folder))
+        (loaded or _load_tokenizer(checkpoint)).save_pretrained(str(out_folder))
         return [out_folder / name for name in TOKENIZER_FILES if (out_folder / name).is_file()]
     return [
         Path(shutil.copyfile(checkpoint.folder / name, out_folder / name))
