@@ -49,8 +49,8 @@ def write_report(state: dict[str, Any], path: Path) -> Path:
 <h1>SmolLM2-135M becomes an encoder-decoder</h1>
 <p>{state["adapt"]["num_parameters"] / 1e6:.1f}M parameters, all taken from the donor: each decoder layer attends, in
 one softmax, to its own tokens and to what the matching encoder layer reads. Trained for
-{len(train["losses"])} steps ({train["tokens"]:,} tokens, {plan["precision"]}) on Python's documentation, PrefixLM: read one half, write the
-other.</p>
+{len(train["losses"])} steps ({train["tokens"]:,} tokens, {plan["precision"]}) on Python's documentation, PrefixLM:
+read one half, write the other.</p>
 <h2>Held-out loss</h2>
 <table><tr><th>model</th><th>nats per token</th></tr>{rows}</table>
 <p class="note">Over {state["text"]["held_out_characters"]:,} characters of topics that share no paragraph with the
