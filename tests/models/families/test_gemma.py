@@ -120,3 +120,10 @@ def test_what_would_change_the_numbers_is_refused(
     read({"model_type": model_type})
     with pytest.raises(ValueError, match=reason):
         read({"model_type": model_type} | changes)
+
+
+def test_a_window_said_twice_must_agree() -> None:
+    config = DONOR_CONFIGS["gemma2"].to_dict()
+    assert read(config | {"sliding_window_size": config["sliding_window"]}) == read(config)
+    with pytest.raises(ValueError, match="sliding_window_size=9 is not supported"):
+        read(config | {"sliding_window_size": 9})

@@ -335,6 +335,49 @@ def test_published_defaults() -> None:
     assert read == FAMILY.read_config(T5Gemma2Config().to_dict())
 
 
+def test_the_released_270m_config_is_read() -> None:
+    """Keys and values of google/t5gemma-2-270m-270m's config.json, long lists of defaults left out."""
+    block = {
+        "_sliding_window_pattern": 6, "attention_bias": False, "attention_dropout": 0.0, "attn_logit_softcapping": None,
+        "dropout_rate": 0.0, "dtype": "bfloat16", "final_logit_softcapping": None, "head_dim": 256,
+        "hidden_activation": "gelu_pytorch_tanh", "hidden_size": 640, "initializer_range": 0.02,
+        "intermediate_size": 2048, "layer_types": (["sliding_attention"] * 5 + ["full_attention"]) * 3,
+        "max_position_embeddings": 32768, "num_attention_heads": 4, "num_hidden_layers": 18, "num_key_value_heads": 1,
+        "query_pre_attn_scalar": 256, "rms_norm_eps": 1e-06, "sliding_window": 512,
+        "rope_parameters": {
+            "full_attention": {"factor": 8.0, "rope_theta": 1000000, "rope_type": "linear"},
+            "sliding_attention": {"rope_theta": 10000, "rope_type": "default"},
+        },
+        "use_bidirectional_attention": False, "use_cache": True, "vocab_size": 262144,
+    }  # fmt: skip
+    text = block | {
+        "model_type": "t5gemma2_text", "_name_or_path": "", "add_cross_attention": False, "architectures": None,
+        "bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0, "chunk_size_feed_forward": 0,
+        "cross_attention_hidden_size": None, "decoder_start_token_id": None, "finetuning_task": None,
+        "id2label": {"0": "LABEL_0", "1": "LABEL_1"}, "label2id": {"LABEL_0": 0, "LABEL_1": 1}, "is_decoder": False,
+        "is_encoder_decoder": False, "output_attentions": False, "output_hidden_states": False, "prefix": None,
+        "problem_type": None, "return_dict": True, "sep_token_id": None, "task_specific_params": None,
+        "tie_word_embeddings": True, "tokenizer_class": None,
+    }  # fmt: skip
+    config = {
+        "architectures": ["T5Gemma2ForConditionalGeneration"], "attention_dropout": 0.0, "bos_token_id": 2,
+        "classifier_dropout_rate": 0.0, "dropout_rate": 0.0, "dtype": "bfloat16", "eoi_token_index": 256000,
+        "eos_token_id": 1, "image_token_index": 256001, "initializer_range": 0.02, "is_encoder_decoder": True,
+        "model_type": "t5gemma2", "pad_token_id": 0, "transformers_version": "5.0.0.dev0", "vocab_size": 262144,
+        "decoder": block | {"model_type": "t5gemma2_decoder"},
+        "encoder": {
+            "attention_dropout": 0.0, "boi_token_index": 255999, "dropout_rate": 0.0, "dtype": "bfloat16",
+            "eoi_token_index": 256000, "image_token_index": 256001, "initializer_range": 0.02,
+            "mm_tokens_per_image": 256, "model_type": "t5gemma2_encoder", "text_config": text,
+            "vision_config": {"model_type": "siglip_vision_model"}, "vocab_size": 262144,
+        },
+    }  # fmt: skip
+    read = FAMILY.read_config(config)
+    assert read.encoder == read.decoder
+    assert read.decoder.rope["full_attention"].factor == 8.0
+    assert (read.decoder.vocab_size, read.decoder.sliding_window, read.eoi_token_id) == (262144, 512, 256000)
+
+
 def test_unknown_keys_and_other_meanings_are_refused() -> None:
     base: dict[str, Any] = {"model_type": "t5gemma2", "encoder": {"text_config": {}}, "decoder": {}}
     with pytest.raises(ValueError, match=r"t5gemma2 config, decoder has keys .*mystery=1"):

@@ -27,7 +27,7 @@ _NORMS = {
 _PROJECTIONS = tuple(f"{name}_proj.{kind}" for name in "qkvo" for kind in ("weight", "bias"))
 
 
-def take_gemma2_stack(reader: ConfigReader, where: str, *, dropout_rate: float = 0.0) -> StackConfig:
+def take_gemma2_stack(reader: ConfigReader, where: str) -> StackConfig:
     """A Gemma 2 block of config.json, also one side of T5Gemma. Defaults are those of transformers' classes."""
     n_layers = reader.take("num_hidden_layers", 26)
     layer_types = _take_layer_types(reader, n_layers, pattern=2)
@@ -41,11 +41,10 @@ def take_gemma2_stack(reader: ConfigReader, where: str, *, dropout_rate: float =
         vocab_size=256_000,
         max_positions=8192,
         caps=(50.0, 30.0),
-        dropout_rate=dropout_rate,
     )
 
 
-def take_gemma3_stack(reader: ConfigReader, where: str, *, dropout_rate: float = 0.0) -> StackConfig:
+def take_gemma3_stack(reader: ConfigReader, where: str) -> StackConfig:
     """A Gemma 3 text block of config.json, also one side of T5Gemma 2.
 
     Two spellings of RoPE: `rope_parameters` with an entry per layer type; or `rope_theta` and `rope_scaling` for
@@ -71,7 +70,6 @@ def take_gemma3_stack(reader: ConfigReader, where: str, *, dropout_rate: float =
         vocab_size=262_208,
         max_positions=131_072,
         caps=(None, None),
-        dropout_rate=dropout_rate,
     )
 
 
@@ -92,12 +90,13 @@ def _stack(
     vocab_size: int,
     max_positions: int,
     caps: tuple[float | None, float | None],
-    dropout_rate: float,
 ) -> StackConfig:
     reader.expect("use_bidirectional_attention", False)
     reader.expect("hidden_act", "gelu_pytorch_tanh")
     attention_bias = bool(reader.take("attention_bias", False))
     attention_cap, final_cap = caps
+    window = reader.take_nullable("sliding_window", 4096)
+    reader.expect("sliding_window_size", window)  # some Gemma 2 files say it twice
     return StackConfig(
         vocab_size=reader.take("vocab_size", vocab_size),
         hidden_size=reader.take("hidden_size", 2304),
@@ -116,14 +115,14 @@ def _stack(
         scale_embeddings=True,
         rope=rope,
         layer_types=layer_types,
-        sliding_window=reader.take_nullable("sliding_window", 4096),
+        sliding_window=window,
         bidirectional_window="total" if qk_norm else "each_side",
         query_pre_attn_scalar=reader.take("query_pre_attn_scalar", 256),
         attn_logit_softcapping=reader.take_nullable("attn_logit_softcapping", attention_cap),
         final_logit_softcapping=reader.take_nullable("final_logit_softcapping", final_cap),
         max_position_embeddings=reader.take("max_position_embeddings", max_positions),
         initializer_range=reader.take("initializer_range", 0.02),
-        dropout_rate=reader.take("dropout_rate", dropout_rate),
+        dropout_rate=reader.take("dropout_rate", 0.0),
         attention_dropout=reader.take("attention_dropout", 0.0),
     )
 
