@@ -35,6 +35,14 @@ def test_greedy_equals_the_naive_loop(meeting):
         assert result.finish_reason == "length"
 
 
+def test_padding_is_told_by_the_mask_not_by_an_id():
+    """SmolLM2 pads with its end token, which is also a real one: no id can say what is padding."""
+    model = build(pair_config(stack(), pad_token_id=1))
+    found = generate(model, SOURCES, PREFIXES, max_new_tokens=8, stop_token_ids=[])
+    for result, source, prefix in zip(found, SOURCES, PREFIXES, strict=True):
+        assert list(result.token_ids) == naive_greedy(model, source, prefix, 8)
+
+
 def test_rows_stop_on_their_own():
     model = build(pair_config(stack()))
     free = generate(model, SOURCES, PREFIXES, max_new_tokens=8, stop_token_ids=[])
