@@ -62,6 +62,12 @@ _CLASSES = {
 
 # ggml type number -> numpy dtype it is read as (numpy has no bfloat16) and torch dtype it is.
 _NATIVE = {0: (np.float32, torch.float32), 1: (np.float16, torch.float16), 30: (np.int16, torch.bfloat16)}
+_SPECIAL_TOKENS = {
+    "bos_token": "bos",
+    "eos_token": "eos",
+    "unk_token": "unknown",
+    "pad_token": "padding",
+}
 _CHUNK_BYTES = 16 * 2**20  # of float32 output dequantised at a time
 
 
@@ -188,10 +194,16 @@ def gguf_tokenizer(path: str | Path) -> Any:
     from transformers import AutoTokenizer
 
     path = Path(path)
-    read_gguf_header(path)  # our errors for a broken file, before transformers' own
-    return AutoTokenizer.from_pretrained(
+    header = read_gguf_header(path)  # our errors for a broken file, before transformers' own
+    tokenizer = AutoTokenizer.from_pretrained(
         str(path.parent), gguf_file=path.name, local_files_only=True, trust_remote_code=False
     )
+    # transformers 5.17 takes SmolLM2's BOS for its EOS and leaves the padding token out: the file decides.
+    for role, key in _SPECIAL_TOKENS.items():
+        number = header.metadata.get(f"tokenizer.ggml.{key}_token_id")
+        if number is not None:
+            setattr(tokenizer, role, tokenizer.convert_ids_to_tokens(int(number)))
+    return tokenizer
 
 
 def has_tokenizer(path: str | Path) -> bool:
