@@ -285,6 +285,15 @@ def test_a_non_finite_step_ends_the_run_and_closes_watchers(tmp_path):
     assert latest_checkpoint(tmp_path / "run") is None
 
 
+@pytest.fixture
+def interruptible():
+    """Python's own handler of SIGINT: a process started in the background inherits that it is ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_a_second_signal_acts_as_usual(tmp_path):
     class Twice(Callback):
         def on_step(self, step, result):
