@@ -83,14 +83,14 @@ def adapt(
         aligned_layers=aligned_layers,
         output_scale=output_scale,
     )
-    with open_adaptation(encoder, decoder, choices) as adaptation:
+    with open_adaptation(encoder, decoder, choices, dtype, seed) as adaptation:
         with torch.device("meta"):
             model = EncoderDecoder(adaptation.plan.config)
-        state = {planned.name: tensor for planned, tensor in adaptation.tensors(dtype, seed)}
+        state = {planned.name: tensor for planned, tensor in adaptation.tensors()}
         model.load_state_dict(state, assign=True, strict=False)  # shared parameters come under one name
         model.tie_weights()
         model.tokenizer = adaptation.tokenizer
-        model.adaptation = adaptation.report(dtype, seed)
+        model.adaptation = adaptation.report()
     assert not any(p.is_meta for p in model.parameters()), "the plan left a parameter without a value"
     return model.requires_grad_(True).eval()
 
@@ -125,17 +125,16 @@ def adapt_to_folder(
     """
     with (
         CheckpointWriter(out, overwrite=overwrite) as writer,
-        open_adaptation(encoder, decoder, choices) as job,
+        open_adaptation(encoder, decoder, choices, dtype, seed) as job,
     ):
-        tensors = watch(job.tensors(dtype, seed), job.plan)
-        stored = dtype or job.donors["decoder"].dtype
+        tensors = watch(job.tensors(), job.plan)
         writer.write_config(job.plan.config)
         writer.write_tensors(
-            [(t.name, t.shape, stored) for t in job.plan.tensors], ((t.name, x) for t, x in tensors)
+            [(t.name, t.shape, job.dtype) for t in job.plan.tensors], ((t.name, x) for t, x in tensors)
         )
         if job.tokenizer is not None:
             copy_tokenizer(job.checkpoints["decoder"], writer.folder, job.tokenizer)
-        report = job.report(dtype, seed)
+        report = job.report()
         (writer.folder / "adaptation.json").write_text(json.dumps(report, indent=1) + "\n")
     return report
 
@@ -148,12 +147,15 @@ class Adaptation:
     checkpoints: Mapping[Side, Checkpoint]
     donors: Mapping[Side, Donor]
     tokenizer: Any
+    dtype: torch.dtype
+    """Of all parameters of the pair."""
+    seed: int
 
-    def tensors(self, dtype: torch.dtype | None, seed: int) -> Iterator[Initialised]:
+    def tensors(self) -> Iterator[Initialised]:
         """The pair's parameters, one by one."""
-        return initialise(self.plan, self.donors, dtype=dtype or self.donors["decoder"].dtype, seed=seed)
+        return initialise(self.plan, self.donors, dtype=self.dtype, seed=self.seed)
 
-    def report(self, dtype: torch.dtype | None, seed: int) -> dict[str, Any]:
+    def report(self) -> dict[str, Any]:
         """What adaptation.json says: for each tensor where it came from."""
         choices = self.plan.choices
         tensors = {}
@@ -170,8 +172,8 @@ class Adaptation:
             "format": 1,
             "donors": {side: str(checkpoint.name) for side, checkpoint in self.checkpoints.items()},
             "start": choices.start,
-            "dtype": str(dtype or self.donors["decoder"].dtype).removeprefix("torch."),
-            "seed": seed,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "seed": self.seed,
             "num_parameters": self.plan.num_parameters,
             "cross_attention": _cross_attention_start(self.plan),
             "unused_donor_tensors": unused_tensors(self.plan, self.donors),
@@ -188,9 +190,17 @@ def _cross_attention_start(plan: Plan) -> str:
 
 @contextmanager
 def open_adaptation(
-    encoder: str | Path, decoder: str | Path | None, choices: Choices
+    encoder: str | Path,
+    decoder: str | Path | None,
+    choices: Choices,
+    dtype: torch.dtype | None,
+    seed: int,
 ) -> Iterator[Adaptation]:
     """Open one or two donors and plan their pair. The donors are closed on leaving.
+
+    Args:
+        dtype: None: that of the decoder donor.
+        The others are as for `adapt`.
 
     Raises:
         ValueError, FileNotFoundError: see `adapt`.
@@ -221,7 +231,7 @@ def open_adaptation(
             side: Donor(sources[side], donor_family(c.config), configs[side])
             for side, c in checkpoints.items()
         }
-        yield Adaptation(plan, checkpoints, donors, tokenizer)
+        yield Adaptation(plan, checkpoints, donors, tokenizer, dtype or donors["decoder"].dtype, seed)
 
 
 def _adds_bos(tokenizer: Any, bos_token_id: int | None) -> bool:
