@@ -6,7 +6,7 @@ import torch
 from tests.train.tiny_run import loader, tiny_model
 from twofold.checkpoint.load import load
 from twofold.config.recipe import OptimizerConfig
-from twofold.train import checkpointing, latest_checkpoint, train_step
+from twofold.train import LossModule, checkpointing, latest_checkpoint, train_step
 from twofold.train.checkpointing import (
     TrainerState,
     changed_settings,
@@ -25,7 +25,7 @@ def trained(steps=2, seed=0, phase=None):
     optimizer = new_optimizer(model, parameters, OptimizerConfig(learning_rate=1e-2))
     batches = loader(model)
     for step in range(1, steps + 1):
-        train_step(model, optimizer, [next(batches)], step=step, learning_rate=1e-2)
+        train_step(LossModule(model), optimizer, [next(batches)], step=step, learning_rate=1e-2)
     return model, optimizer, parameters
 
 

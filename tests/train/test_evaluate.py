@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from tests.train.tiny_run import loader, tiny_model
-from twofold.train import evaluate, token_loss
+from twofold.train import LossModule, evaluate, token_loss
 
 
 def test_every_token_has_the_same_weight_and_dropout_is_off():
@@ -10,7 +10,7 @@ def test_every_token_has_the_same_weight_and_dropout_is_off():
     batches = list(loader(model, packing=False, rows_per_batch=5).one_pass())
     sizes = [batch.num_scored_tokens for batch in batches]
     assert len(set(sizes)) > 1
-    evaluation = evaluate(model, batches)
+    evaluation = evaluate(LossModule(model), batches)
     assert model.training
     model.eval()
     total = 0.0
@@ -30,11 +30,11 @@ def test_every_token_has_the_same_weight_and_dropout_is_off():
 def test_it_leaves_random_numbers_and_gradients_alone():
     model = tiny_model(dropout=0.5).train()
     before = torch.get_rng_state()
-    evaluate(model, loader(model).one_pass())
+    evaluate(LossModule(model), loader(model).one_pass())
     assert torch.equal(before, torch.get_rng_state())
     assert all(p.grad is None for p in model.parameters())
 
 
 def test_no_batches_are_refused():
     with pytest.raises(ValueError, match="no scored token"):
-        evaluate(tiny_model(), [])
+        evaluate(LossModule(tiny_model()), [])

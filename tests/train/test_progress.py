@@ -1,4 +1,5 @@
 import io
+import re
 
 from rich.console import Console
 
@@ -46,7 +47,7 @@ def test_plain_lines_where_there_is_no_terminal(tmp_path):
     assert lines[1].startswith("step 0: held-out loss 5.")
     assert lines[2].startswith("step 1/3: loss 5.")  # step 2 comes within ten seconds
     assert lines[3].startswith("step 3/3: loss 5.")
-    assert lines[-1].endswith("tokens in 3 steps; this part took 0:00")
+    assert re.search(r"tokens in 3 steps; this part took 0:\d\d$", lines[-1])
 
 
 def test_a_bar_on_a_terminal(tmp_path):

@@ -6,9 +6,11 @@ import torch
 from tests.train.tiny_run import BOS, PAD, loader, tiny_model
 from twofold.config.recipe import OptimizerConfig
 from twofold.data import Example, collate
-from twofold.train import NonFiniteError, train_step
+from twofold.train import LossModule, NonFiniteError, token_loss, train_step
 from twofold.train import step as step_module
+from twofold.train.loss import SparseTeacher
 from twofold.train.optimizer import new_optimizer, trainable_parameters
+from twofold.train.step import scored_positions
 
 
 def setup(learning_rate=1e-2):
@@ -34,7 +36,9 @@ def gradients_of(batches):
     """Gradients of one step, read off an update by plain gradient descent with rate 1."""
     model, _ = setup()
     before = weights(model)
-    result = train_step(model, torch.optim.SGD(model.parameters()), batches, step=1, learning_rate=1.0)
+    result = train_step(
+        LossModule(model), torch.optim.SGD(model.parameters()), batches, step=1, learning_rate=1.0
+    )
     return result, {name: before[name] - p.detach() for name, p in model.named_parameters()}
 
 
@@ -74,7 +78,9 @@ def test_gradients_are_clipped_to_the_norm():
     model, _ = setup()
     before = weights(model)
     sgd = torch.optim.SGD(model.parameters())
-    result = train_step(model, sgd, [next(loader(model))], step=1, learning_rate=1.0, max_grad_norm=1e-3)
+    result = train_step(
+        LossModule(model), sgd, [next(loader(model))], step=1, learning_rate=1.0, max_grad_norm=1e-3
+    )
     moved = torch.cat([(before[name] - p.detach()).flatten() for name, p in model.named_parameters()])
     assert result.grad_norm > 0.1
     assert moved.norm().item() == pytest.approx(1e-3, rel=2e-2)
@@ -86,7 +92,7 @@ def test_small_gradients_are_not_scaled_up():
     _, gradients = gradients_of([batch])
     before = weights(model)
     sgd = torch.optim.SGD(model.parameters())
-    train_step(model, sgd, [batch], step=1, learning_rate=1.0, max_grad_norm=1e6)
+    train_step(LossModule(model), sgd, [batch], step=1, learning_rate=1.0, max_grad_norm=1e6)
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(before[name] - parameter.detach(), gradients[name])
 
@@ -98,7 +104,7 @@ def test_a_non_finite_loss_stops_before_the_update(bad):
         model.decoder.norm.weight[3] = bad
     before = weights(model)
     with pytest.raises(NonFiniteError, match="step 7"):
-        train_step(model, optimizer, [next(loader(model))], step=7, learning_rate=0.1)
+        train_step(LossModule(model), optimizer, [next(loader(model))], step=7, learning_rate=0.1)
     assert all(torch.equal(before[n].nan_to_num(), p.nan_to_num()) for n, p in model.named_parameters())
     assert not optimizer.state
     assert all(p.grad is None for p in model.parameters())
@@ -110,7 +116,7 @@ def test_a_non_finite_loss_with_finite_gradients_stops_too(monkeypatch):
     model, optimizer = setup()
     before = weights(model)
     with pytest.raises(NonFiniteError, match="loss inf"):
-        train_step(model, optimizer, [next(loader(model))], step=1, learning_rate=0.1)
+        train_step(LossModule(model), optimizer, [next(loader(model))], step=1, learning_rate=0.1)
     assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
 
 
@@ -119,7 +125,9 @@ def test_a_non_finite_gradient_stops_before_the_update():
     model.encoder.norm.weight.register_hook(lambda gradient: gradient * float("inf"))
     before = weights(model)
     with pytest.raises(NonFiniteError, match="gradient norm"):
-        train_step(model, optimizer, [next(loader(model))], step=1, learning_rate=0.1, max_grad_norm=1.0)
+        train_step(
+            LossModule(model), optimizer, [next(loader(model))], step=1, learning_rate=0.1, max_grad_norm=1.0
+        )
     assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
 
 
@@ -128,13 +136,13 @@ def test_no_scored_token_is_refused():
     batch = next(loader(model))
     empty = replace(batch, labels=torch.full_like(batch.labels, -100))
     with pytest.raises(ValueError, match="no scored token"):
-        train_step(model, optimizer, [empty], step=1, learning_rate=0.1)
+        train_step(LossModule(model), optimizer, [empty], step=1, learning_rate=0.1)
 
 
 def test_the_learning_rate_is_that_of_the_step():
     model, optimizer = setup(learning_rate=1.0)
     before = weights(model)
-    result = train_step(model, optimizer, [next(loader(model))], step=1, learning_rate=0.0)
+    result = train_step(LossModule(model), optimizer, [next(loader(model))], step=1, learning_rate=0.0)
     assert result.learning_rate == 0.0
     assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
 
@@ -144,8 +152,44 @@ def test_bfloat16_computes_near_float32_and_keeps_float32_weights():
     for precision in ("float32", "bfloat16"):
         model, optimizer = setup()
         batch = next(loader(model))
-        result = train_step(model, optimizer, [batch], step=1, learning_rate=1e-3, precision=precision)
+        result = train_step(LossModule(model, precision), optimizer, [batch], step=1, learning_rate=1e-3)
         losses[precision] = result.loss
         assert all(p.dtype == torch.float32 for p in model.parameters())
     assert losses["bfloat16"] != losses["float32"]
     assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=1e-2)
+
+
+def test_the_module_gives_the_plain_loss_and_its_gradients():
+    model = tiny_model()
+    batch = next(loader(model))
+    logits = model(
+        input_ids=batch.input_ids,
+        segment_ids=batch.segment_ids,
+        decoder_input_ids=batch.decoder_input_ids,
+        decoder_segment_ids=batch.decoder_segment_ids,
+    ).logits
+    plain, _ = token_loss(logits, batch.labels)
+    wanted = torch.autograd.grad(plain, tuple(model.parameters()))
+    loss = LossModule(model)(batch, scored_positions(batch))
+    torch.testing.assert_close(loss, plain, rtol=1e-5, atol=0)
+    for gradient, expected in zip(torch.autograd.grad(loss, tuple(model.parameters())), wanted, strict=True):
+        torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_teacher_is_asked_in_training_and_not_in_evaluation():
+    model = tiny_model()
+    batch = next(loader(model))
+    scored = scored_positions(batch)
+    asked = []
+
+    def teacher(given, positions):
+        asked.append(positions)
+        n = len(positions)
+        return SparseTeacher(torch.zeros(n, 1, dtype=torch.int64), torch.ones(n, 1))
+
+    module = LossModule(model, teacher=teacher)
+    plain = LossModule(model)(batch, scored).item()
+    assert module(batch, scored).item() == plain  # in eval mode
+    assert asked == []
+    assert module.train()(batch, scored).item() != plain
+    assert torch.equal(asked[0], scored)

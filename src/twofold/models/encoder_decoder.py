@@ -141,7 +141,34 @@ class EncoderDecoder(nn.Module):
         cache: DecoderCache | None = None,
         output_hidden_states: bool = False,
     ) -> EncoderDecoderOutput:
-        """Logits of the token after each decoder input.
+        """Logits of the token after each decoder input: `states`, then the head. Arguments and errors as there."""
+        x_BTD, encoder_output, hidden = self.states(
+            input_ids,
+            attention_mask,
+            decoder_input_ids,
+            decoder_attention_mask,
+            segment_ids=segment_ids,
+            decoder_segment_ids=decoder_segment_ids,
+            encoder_output=encoder_output,
+            cache=cache,
+            output_hidden_states=output_hidden_states,
+        )
+        return EncoderDecoderOutput(self.lm_head(x_BTD), encoder_output, hidden)
+
+    def states(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        decoder_input_ids: Tensor | None = None,
+        decoder_attention_mask: Tensor | None = None,
+        *,
+        segment_ids: Tensor | None = None,
+        decoder_segment_ids: Tensor | None = None,
+        encoder_output: EncoderOutput | None = None,
+        cache: DecoderCache | None = None,
+        output_hidden_states: bool = False,
+    ) -> tuple[Tensor, EncoderOutput, tuple[Tensor, ...]]:
+        """What the head reads: the decoder's normed states, for those who do not want all logits at once.
 
         Args:
             input_ids: int64 [B, S]. Left out when `encoder_output` is given.
@@ -156,6 +183,9 @@ class EncoderDecoder(nn.Module):
             encoder_output: what `encode` returned for these sources.
             cache: extended in place; pass it again with the next tokens.
             output_hidden_states: also return what every layer read.
+
+        Returns:
+            States [B, T, D], the encoder's output, and on request what every decoder layer read and the states.
 
         Raises:
             ValueError: missing or doubled arguments, wrong shapes, or a sequence longer than
@@ -201,7 +231,7 @@ class EncoderDecoder(nn.Module):
             is_plain=own.is_plain,
             output_hidden_states=output_hidden_states,
         )
-        return EncoderDecoderOutput(self.lm_head(x_BTD), encoder_output, hidden)
+        return x_BTD, encoder_output, hidden
 
 
 def locate_tokens(

@@ -7,11 +7,12 @@ from twofold.train.loop import fit
 from twofold.train.loss import token_loss
 from twofold.train.progress import progress_for
 from twofold.train.run import train
-from twofold.train.step import NonFiniteError, StepResult, train_step
+from twofold.train.step import LossModule, NonFiniteError, StepResult, train_step
 
 __all__ = [
     "Callback",
     "Evaluation",
+    "LossModule",
     "NonFiniteError",
     "RunStart",
     "StepResult",

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from twofold.data import Batch
-from twofold.models import EncoderDecoder
-from twofold.train.step import Precision, batch_loss
+from twofold.train.step import LossModule, batch_loss
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,8 +19,8 @@ class Evaluation:
 
 
 @torch.no_grad()
-def evaluate(model: EncoderDecoder, batches: Iterable[Batch], precision: Precision = "float32") -> Evaluation:
-    """The mean loss per scored token, without dropout; the model's mode is left as it was.
+def evaluate(module: LossModule, batches: Iterable[Batch]) -> Evaluation:
+    """The mean loss per scored token, without dropout or teacher; the module's mode is left as it was.
 
     Args:
         batches: `loader.one_pass()`.
@@ -29,16 +28,16 @@ def evaluate(model: EncoderDecoder, batches: Iterable[Batch], precision: Precisi
     Raises:
         ValueError: nothing is scored.
     """
-    device = next(model.parameters()).device
-    was_training = model.training
-    model.eval()
+    device = next(module.parameters()).device
+    was_training = module.training
+    module.eval()
     total, n_scored = torch.zeros((), dtype=torch.float64, device=device), 0
     try:
         for batch in batches:
             n_scored += batch.num_scored_tokens
-            total += batch_loss(model, batch.to(device), precision)
+            total += batch_loss(module, batch, device)
     finally:
-        model.train(was_training)
+        module.train(was_training)
     if n_scored == 0:
         raise ValueError("the held-out batches have no scored token; check data.held_out")
     return Evaluation(total.item() / n_scored, n_scored)

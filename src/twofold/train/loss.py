@@ -1,13 +1,55 @@
-"""The loss of one batch, as a sum, so that a step can divide by the tokens of all its batches."""
+"""The loss of one batch, as a sum, so that a step can divide by the tokens of all its batches.
 
+The head, its soft-cap, the softmax and their gradients are computed for a few positions at a time: logits of
+all positions never exist, in either direction. Since the loss is a sum, its gradient with respect to the logits
+is known as soon as they are, so the backward pass only scales what the forward pass left.
+
+N: scored positions. D: width of the decoder. V: vocabulary. K: tokens a sparse teacher names. E: width of a teacher.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from twofold.data import IGNORE_INDEX
 
+CHUNK_BYTES = 2**27
+"""Of float32 logits that exist at a time (and as much again for the teacher's). 128 MiB: 128 positions at a
+vocabulary of 256k. Larger chunks are not faster from here on for what they cost in memory."""
+
+
+@dataclass(frozen=True, slots=True)
+class SparseTeacher:
+    """A teacher's next-token distribution, over the tokens it names."""
+
+    ids_NK: Tensor
+    """int64. A token may be named several times; its shares add up."""
+
+    shares_NK: Tensor
+    """float32; each row sums to 1, or to 0 where the teacher says nothing and the label alone counts."""
+
+
+@dataclass(frozen=True, slots=True)
+class TeacherHead:
+    """A teacher in the loop: its whole distribution, from its states and its head."""
+
+    states_NE: Tensor
+    weight_VE: Tensor
+    softcap: float | None
+    speaks_N: Tensor
+    """bool. False: the teacher says nothing here, and the label alone counts."""
+
+
+Teacher = SparseTeacher | TeacherHead
+
 
 def token_loss(logits_BTV: Tensor, labels_BT: Tensor) -> tuple[Tensor, Tensor]:
-    """Cross-entropy summed over scored tokens.
+    """Cross-entropy summed over scored tokens, from logits: the plain form of `chunked_loss`.
 
     Args:
         logits_BTV: [B, T, V], any float dtype; the softmax is taken in float32.
@@ -19,3 +61,162 @@ def token_loss(logits_BTV: Tensor, labels_BT: Tensor) -> tuple[Tensor, Tensor]:
     logits = logits_BTV.float().flatten(0, 1)
     total = F.cross_entropy(logits, labels_BT.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
     return total, (labels_BT != IGNORE_INDEX).sum()
+
+
+def chunked_loss(
+    states_ND: Tensor,
+    labels_N: Tensor,
+    weight_VD: Tensor,
+    *,
+    softcap: float | None = None,
+    teacher: Teacher | None = None,
+    teacher_share: float = 1.0,
+    chunk_bytes: int = CHUNK_BYTES,
+) -> Tensor:
+    """Cross-entropy of the head's distribution against labels or a teacher, summed over positions, in nats.
+
+    With z = softcap(states weight^T), the loss of a position is
+
+        - sum_x q(x) log softmax(z)(x),   q = teacher_share * teacher + (1 - teacher_share) * one-hot(label)
+
+    and q is the one-hot label alone without a teacher, or where it says nothing. With `teacher_share` 1 this is
+    the distillation loss of Gemma 2 (arXiv 2408.00118, section 3.2).
+
+    Args:
+        states_ND: normed decoder states of the scored positions, float32 or bfloat16.
+        labels_N: int64, each a token (no IGNORE_INDEX).
+        weight_VD: of the head.
+        softcap: of the final logits.
+        chunk_bytes: of float32 logits at a time; at least one position is taken.
+
+    Returns:
+        float32 []. 0 for no positions. Products are taken in bfloat16 under autocast, else in the dtype of the
+        states; everything from the logits on is float32, as are the sums of the weight's gradient.
+
+    Raises:
+        ValueError: shapes that do not fit, or a share outside [0, 1].
+    """
+    if labels_N.shape != states_ND.shape[:1] or states_ND.shape[1:] != weight_VD.shape[1:]:
+        raise ValueError(
+            f"states [N, D], labels [N] and weight [V, D] do not fit: got {list(states_ND.shape)}, "
+            f"{list(labels_N.shape)} and {list(weight_VD.shape)}"
+        )
+    if not 0.0 <= teacher_share <= 1.0:
+        raise ValueError(f"teacher_share must lie between 0 and 1, got {teacher_share}")
+    device = states_ND.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else states_ND.dtype
+    n_rows = max(chunk_bytes // (4 * weight_VD.shape[0]), 1)
+    with torch.autocast(device, enabled=False):
+        loss: Tensor = _ChunkedLoss.apply(
+            states_ND, weight_VD, labels_N, softcap, teacher, teacher_share, n_rows, dtype
+        )  # type: ignore[no-untyped-call]
+    return loss
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    """Loss and, where they are wanted, the gradients of both inputs in one pass over the positions."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        states_ND: Tensor,
+        weight_VD: Tensor,
+        labels_N: Tensor,
+        softcap: float | None,
+        teacher: Teacher | None,
+        teacher_share: float,
+        n_rows: int,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        wants_states, wants_weight = ctx.needs_input_grad[:2]
+        weight = weight_VD.to(dtype)
+        total = torch.zeros((), dtype=torch.float32, device=states_ND.device)
+        states_grad = torch.empty_like(states_ND) if wants_states else None
+        weight_grad = torch.zeros_like(weight_VD, dtype=torch.float32) if wants_weight else None
+        for start in range(0, len(labels_N), n_rows):
+            rows = slice(start, start + n_rows)
+            states = states_ND[rows].to(dtype)
+            loss, slope = _loss_and_slope(
+                states, weight, labels_N[rows], softcap, _rows_of(teacher, rows), teacher_share
+            )
+            total += loss
+            slope = slope.to(dtype)
+            if states_grad is not None:
+                states_grad[rows] = slope @ weight
+            if weight_grad is not None:
+                _add_product(weight_grad, slope.t(), states)
+        ctx.save_for_backward(states_grad, None if weight_grad is None else weight_grad.to(weight_VD.dtype))
+        return total
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable  # type: ignore[misc]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        # In place: both are this function's own, and the weight's is as large as the weight.
+        grads = [None if kept is None else kept.mul_(grad.to(kept.dtype)) for kept in ctx.saved_tensors]
+        return (*grads, None, None, None, None, None, None)
+
+
+def _loss_and_slope(
+    states: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    softcap: float | None,
+    teacher: Teacher | None,
+    teacher_share: float,
+) -> tuple[Tensor, Tensor]:
+    """The summed loss of a chunk, and its derivative with respect to the logits before the soft-cap."""
+    logits = (states @ weight.t()).float()
+    if softcap is not None:
+        logits.div_(softcap).tanh_().mul_(softcap)
+    label_share: Tensor | float = 1.0
+    expected = torch.zeros((), device=logits.device)  # sum over positions and tokens of q * logit
+    if isinstance(teacher, SparseTeacher):
+        shares = teacher.shares_NK * teacher_share
+        label_share = 1.0 - shares.sum(dim=1)
+        expected = (logits.gather(1, teacher.ids_NK) * shares).sum()
+    elif teacher is not None:
+        shares_NV = _distribution(teacher) * teacher_share
+        shares_NV *= teacher.speaks_N[:, None]
+        label_share = 1.0 - teacher_share * teacher.speaks_N
+        expected = torch.linalg.vecdot(logits, shares_NV).sum()
+    of_label = logits.gather(1, labels[:, None])[:, 0]
+    log_z = logits.logsumexp(dim=1)
+    loss = (log_z - of_label * label_share).sum() - expected
+
+    # d loss / d capped logit = softmax - q; the cap passes on 1 - (capped / cap)^2 of it.
+    slope = torch.exp(logits - log_z[:, None])
+    if isinstance(teacher, SparseTeacher):
+        slope.scatter_add_(1, teacher.ids_NK, -shares)
+    elif teacher is not None:
+        slope -= shares_NV
+    share_column = torch.full_like(of_label, 1.0) * label_share
+    slope.scatter_add_(1, labels[:, None], -share_column[:, None])
+    if softcap is not None:
+        slope.mul_(logits.div_(softcap).square_().neg_().add_(1.0))
+    return loss, slope
+
+
+def _distribution(teacher: TeacherHead) -> Tensor:
+    """float32 [N, V]."""
+    logits = (teacher.states_NE @ teacher.weight_VE.to(teacher.states_NE.dtype).t()).float()
+    if teacher.softcap is not None:
+        logits.div_(teacher.softcap).tanh_().mul_(teacher.softcap)
+    return logits.softmax(dim=1)
+
+
+def _rows_of(teacher: Teacher | None, rows: slice) -> Teacher | None:
+    if isinstance(teacher, SparseTeacher):
+        return SparseTeacher(teacher.ids_NK[rows], teacher.shares_NK[rows])
+    if teacher is not None:
+        return TeacherHead(
+            teacher.states_NE[rows], teacher.weight_VE, teacher.softcap, teacher.speaks_N[rows]
+        )
+    return None
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b, with the sum over chunks in float32."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b)
+    else:
+        total += a @ b

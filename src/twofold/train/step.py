@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import isfinite
 from typing import Literal
 
 import torch
+from torch import nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 
-from twofold.data import Batch
+from twofold.data import IGNORE_INDEX, Batch
 from twofold.models import EncoderDecoder
-from twofold.train.loss import token_loss
+from twofold.train.loss import Teacher, chunked_loss
 
 Precision = Literal["float32", "bfloat16"]
 
@@ -38,28 +39,86 @@ class StepResult:
     seconds: float
 
 
-def batch_loss(model: EncoderDecoder, batch: Batch, precision: Precision) -> torch.Tensor:
-    """The summed loss of a batch that lies on the model's device, in nats, float32 []."""
-    with torch.autocast(batch.labels.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
-        logits_BTV = model(
-            input_ids=batch.input_ids,
-            segment_ids=batch.segment_ids,
-            decoder_input_ids=batch.decoder_input_ids,
-            decoder_segment_ids=batch.decoder_segment_ids,
-        ).logits
-    total, _ = token_loss(logits_BTV, batch.labels)
-    return total
+TeacherOf = Callable[[Batch, torch.Tensor], Teacher]
+"""What a teacher says at given positions of a batch on the device (int64 [N], of the flattened labels)."""
+
+
+class LossModule(nn.Module):
+    """A batch in, its summed loss out: what is sharded over devices, and what a step differentiates.
+
+    The head is part of it, so that the logits of all positions never exist (`chunked_loss`).
+    """
+
+    def __init__(
+        self,
+        model: EncoderDecoder,
+        precision: Precision = "float32",
+        *,
+        teacher: TeacherOf | None = None,
+        teacher_share: float = 1.0,
+    ) -> None:
+        """
+        Args:
+            precision: see `TrainSettings`.
+            teacher: asked in train mode only, so that held-out losses stay comparable.
+            teacher_share: see `chunked_loss`.
+        """
+        super().__init__()
+        self.model = model
+        self.precision = precision
+        self.teacher = teacher
+        self.teacher_share = teacher_share
+        self.train(model.training)
+
+    def forward(self, batch: Batch, scored: torch.Tensor) -> torch.Tensor:
+        """The loss in nats, float32 [].
+
+        Args:
+            batch: on the device of the model.
+            scored: int64 [N], there too: the places of the scored labels in the flattened labels
+                (`scored_positions`, taken before the batch is moved, so that nothing waits for the device).
+        """
+        device = batch.labels.device.type
+        with torch.autocast(device, torch.bfloat16, enabled=self.precision == "bfloat16"):
+            states_BTD, _, _ = self.model.states(
+                input_ids=batch.input_ids,
+                segment_ids=batch.segment_ids,
+                decoder_input_ids=batch.decoder_input_ids,
+                decoder_segment_ids=batch.decoder_segment_ids,
+            )
+            teacher = self.teacher(batch, scored) if self.teacher is not None and self.training else None
+            head = self.model.lm_head
+            loss: torch.Tensor = chunked_loss(
+                states_BTD.flatten(0, 1)[scored],
+                batch.labels.flatten()[scored],
+                head.out_proj.weight,
+                softcap=head.softcap,
+                teacher=teacher,
+                teacher_share=self.teacher_share,
+            )
+        return loss
+
+
+def scored_positions(batch: Batch) -> torch.Tensor:
+    """int64 [N]: the places of the scored labels in the flattened labels (waits for the batch's device)."""
+    return (batch.labels.flatten() != IGNORE_INDEX).nonzero()[:, 0]
+
+
+def batch_loss(module: nn.Module, batch: Batch, device: torch.device) -> torch.Tensor:
+    """The summed loss of a batch on the CPU, computed on a device, in nats, float32 []."""
+    scored = scored_positions(batch).to(device, non_blocking=True)
+    loss: torch.Tensor = module(batch.to(device), scored)
+    return loss
 
 
 def train_step(
-    model: EncoderDecoder,
+    module: LossModule,
     optimizer: Optimizer,
     batches: Sequence[Batch],
     *,
     step: int,
     learning_rate: float,
     max_grad_norm: float | None = None,
-    precision: Precision = "float32",
 ) -> StepResult:
     """Update the model once on several batches, as if they were one.
 
@@ -67,12 +126,11 @@ def train_step(
     the way tokens are dealt out to batches change nothing.
 
     Args:
-        model: in train mode. Parameters without `requires_grad` stay as they are.
+        module: in train mode. Parameters without `requires_grad` stay as they are.
         batches: on the CPU, where counting their tokens does not wait for the device.
         step: for messages.
         learning_rate: of this step.
         max_grad_norm: see `TrainSettings`.
-        precision: see `TrainSettings`.
 
     Raises:
         NonFiniteError: loss or gradient norm is not finite; nothing was updated.
@@ -84,15 +142,15 @@ def train_step(
         raise ValueError(
             f"step {step} has no scored token in {len(batches)} batches; check the labels of the data"
         )
-    device = next(model.parameters()).device
+    device = next(module.parameters()).device
     optimizer.zero_grad(set_to_none=True)
     total_loss = torch.zeros((), device=device)
     for batch in batches:
-        summed = batch_loss(model, batch.to(device), precision)
+        summed = batch_loss(module, batch, device)
         (summed / n_scored).backward()  # type: ignore[no-untyped-call]
         total_loss += summed.detach()
 
-    trained = [p for p in model.parameters() if p.grad is not None]
+    trained = [p for p in module.parameters() if p.grad is not None]
     norm = get_total_norm([p.grad for p in trained if p.grad is not None])
     loss, grad_norm = torch.stack(
         [total_loss / n_scored, norm]
