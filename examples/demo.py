@@ -34,7 +34,7 @@ from twofold.config.recipe import OptimizerConfig, ScheduleConfig, TrainSettings
 from twofold.data import Convention, Loader, open_corpora
 from twofold.train import evaluate, fit
 from twofold.train.progress import progress_for
-from twofold.train.step import Precision, batch_loss
+from twofold.train.step import LossModule, Precision, batch_loss
 
 SOURCE_LENGTH = TARGET_LENGTH = 256
 ROWS_PER_BATCH = 2
@@ -186,16 +186,16 @@ class Demo:
         model = twofold.load(self.pair_folder).train()
         batch = next(self.loaders(model)[0])
         seconds: dict[Precision, float] = {}
-        for precision in ("bfloat16", "float32"):
-            batch_loss(model, batch, precision).backward()  # the first one sets up kernels
+        for precision in precisions_worth_trying():
+            module = LossModule(model, precision)
+            batch_loss(module, batch, torch.device("cpu")).backward()  # the first one sets up kernels
             started = time.perf_counter()
-            batch_loss(model, batch, precision).backward()
+            batch_loss(module, batch, torch.device("cpu")).backward()
             seconds[precision] = time.perf_counter() - started
         best = min(seconds, key=lambda precision: seconds[precision])
         steps = self.steps or int(min(80, max(12, 60 * self.minutes / (1.15 * seconds[best]))))
         console.print(
-            f"a batch takes {seconds['float32']:.1f} s in float32, {seconds['bfloat16']:.1f} s in bfloat16: "
-            f"{steps} steps in {best}"
+            f"a batch takes {' / '.join(f'{s:.1f} s in {p}' for p, s in seconds.items())}: {steps} steps in {best}"
         )
         return {"precision": best, "steps": steps, "batch_seconds": seconds}
 
@@ -263,7 +263,7 @@ class Demo:
 
     def held_out_loss(self, model: twofold.EncoderDecoder) -> float:
         """Nats per target token, float32."""
-        return evaluate(model, self.loaders(model)[1].one_pass()).loss
+        return evaluate(LossModule(model), self.loaders(model)[1].one_pass()).loss
 
     def conclude(self, report: Path) -> int:
         donor, answers, held_out = self.state["donor"], self.state["answers"], self.state["train"]["held_out"]
@@ -284,6 +284,18 @@ class Demo:
             )
             return 1
         return 0
+
+
+def precisions_worth_trying() -> list[Precision]:
+    """bfloat16 too, unless this processor has no fast product in it (then one is many times slower)."""
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        a, b = torch.ones(64, 512, dtype=dtype), torch.ones(512, 512, dtype=dtype)
+        a @ b  # the first one sets up kernels
+        started = time.perf_counter()
+        a @ b
+        seconds[dtype] = time.perf_counter() - started
+    return ["float32", "bfloat16"] if seconds[torch.bfloat16] < 2 * seconds[torch.float32] else ["float32"]
 
 
 @contextmanager

@@ -105,7 +105,7 @@ class TrainSettings(Config):
     """Optimizer steps of the whole run."""
 
     accumulate_batches: int = Field(default=1, ge=1)
-    """Batches per step."""
+    """Batches per step, over all devices together."""
 
     optimizer: OptimizerConfig
     schedule: ScheduleConfig = ScheduleConfig()
@@ -120,6 +120,13 @@ class TrainSettings(Config):
 
     precision: Literal["float32", "bfloat16"] = "float32"
     """`bfloat16` computes under autocast; weights, gradients and optimizer stay in float32."""
+
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    """What of the forward pass is computed again in the backward pass, to save memory. `selective`: all but matrix
+    products and attention, which costs little time; `full`: whole blocks, which costs a third more."""
+
+    compile_blocks: bool = False
+    """Compile every block with `torch.compile`; worth its minutes on a GPU."""
 
     evaluate_every: int | None = Field(default=None, ge=1)
     """Steps between evaluations, beside those before the first and after the last step."""

@@ -117,13 +117,10 @@ def restore_checkpoint(
         _refuse_differences(
             checkpoint, in_file, {f"{name}.{moment}" for name in names for moment in _MOMENTS}
         )
-        is_fused = bool(optimizer.param_groups[0]["fused"])
         for name in names:
             parameter = parameters[name]
-            state: dict[str, Tensor] = {m: source.get(f"{name}.{m}").clone() for m in _MOMENTS}
-            # The step count lives on the CPU unless the update is one fused kernel.
             optimizer.state[parameter] = {
-                m: t if m == "step" and not is_fused else t.to(parameter.device) for m, t in state.items()
+                m: source.get(f"{name}.{m}").clone().to(parameter.device) for m in _MOMENTS
             }
     _set_rng_state(load_file(checkpoint / "rng.safetensors"))
 

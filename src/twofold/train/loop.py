@@ -14,6 +14,7 @@ from twofold.checkpoint.save import save
 from twofold.config.recipe import TrainSettings
 from twofold.data import Batch
 from twofold.models import EncoderDecoder
+from twofold.train.blocks import checkpoint_activations, compile_blocks, restore_blocks
 from twofold.train.callbacks import Callback, RunStart, TrainResult
 from twofold.train.checkpointing import (
     TrainerState,
@@ -27,11 +28,21 @@ from twofold.train.evaluate import Evaluation, evaluate
 from twofold.train.optimizer import cross_attention_names, new_optimizer, set_phase, trainable_parameters
 from twofold.train.schedule import learning_rate_factor
 from twofold.train.signals import StopRequest, stop_on_signals
-from twofold.train.step import train_step
+from twofold.train.step import LossModule, train_step
 from twofold.train.trackers import LossPlot, MetricsFile, TensorBoardScalars
 
 FREE_TO_CHANGE = frozenset(
-    {"steps", "evaluate_every", "save_every", "log_every", "keep_checkpoints", "output", "tensorboard"}
+    {
+        "steps",
+        "evaluate_every",
+        "save_every",
+        "log_every",
+        "keep_checkpoints",
+        "output",
+        "tensorboard",
+        "activation_checkpointing",
+        "compile_blocks",
+    }
 )
 """Settings that a resumed run may change."""
 
@@ -98,6 +109,7 @@ def fit(
     devices = [torch.cuda.current_device()] if trainer.device.type == "cuda" else []
     with torch.random.fork_rng(devices), ExitStack() as cleanup:
         cleanup.callback(model.eval)
+        cleanup.callback(restore_blocks, model)
         cleanup.callback(set_phase, trainer.parameters, set(trainer.parameters))
         for callback in trainer.callbacks:
             cleanup.callback(callback.close)
@@ -170,6 +182,10 @@ class Trainer:
     ) -> None:
         self.device = device_of(settings)
         self.model = model.to(self.device)
+        checkpoint_activations(model, settings.activation_checkpointing)
+        if settings.compile_blocks:
+            compile_blocks(model)
+        self.module = LossModule(self.model, settings.precision)
         self.parameters = trainable_parameters(model)
         self._everything = set(self.parameters)
         self._cross_attention: set[str] = set()
@@ -219,17 +235,16 @@ class Trainer:
         settings, step = self._settings, self._state.step + 1
         is_warmup = step <= settings.cross_attention_warmup_steps
         set_phase(self.parameters, self._cross_attention if is_warmup else self._everything)
-        self.model.train()
+        self.module.train()
         batches = [next(self._train_loader) for _ in range(settings.accumulate_batches)]
         factor = learning_rate_factor(step, settings.schedule, settings.steps)
         result = train_step(
-            self.model,
+            self.module,
             self.optimizer,
             batches,
             step=step,
             learning_rate=settings.optimizer.learning_rate * factor,
             max_grad_norm=settings.max_grad_norm,
-            precision=settings.precision,
         )
         self._state.step = step
         self._state.losses.append(result.loss)
@@ -239,9 +254,7 @@ class Trainer:
 
     def _evaluate(self) -> None:
         assert self._held_out_loader is not None
-        evaluation: Evaluation = evaluate(
-            self.model, self._held_out_loader.one_pass(), self._settings.precision
-        )
+        evaluation: Evaluation = evaluate(self.module, self._held_out_loader.one_pass())
         self._state.held_out.append((self._state.step, evaluation.loss))
         for callback in self.callbacks:
             callback.on_evaluation(self._state.step, evaluation)

@@ -50,10 +50,9 @@ def parameter_groups(
 
 
 def new_optimizer(model: nn.Module, parameters: Mapping[str, nn.Parameter], config: OptimizerConfig) -> AdamW:
-    """AdamW for these parameters, in one fused kernel on CUDA."""
+    """AdamW for these parameters, in its fused form: one pass over weights, gradients and moments."""
     groups = parameter_groups(model, parameters, config.weight_decay)
-    is_cuda = all(p.is_cuda for p in parameters.values())
-    return AdamW(groups, lr=config.learning_rate, betas=config.betas, eps=config.eps, fused=is_cuda)
+    return AdamW(groups, lr=config.learning_rate, betas=config.betas, eps=config.eps, fused=True)
 
 
 def cross_attention_names(model: EncoderDecoder, parameters: Mapping[str, nn.Parameter]) -> set[str]:
