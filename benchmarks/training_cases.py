@@ -157,7 +157,7 @@ def write_pool(
         if target_limit is not None and len(target) >= target_limit:
             record["completion"] = tokenizer.decode(target[: target_limit - 1])
         # Tokenising again what was cut can give a token more.
-        if target and len(token_ids(tokenizer, record["prompt"])) <= source_limit:
+        if record["completion"].strip() and len(token_ids(tokenizer, record["prompt"])) <= source_limit:
             pairs.append(record)
     chosen = spread(pairs, [len(token_ids(tokenizer, pair["prompt"])) for pair in pairs], count)
     random.Random(0).shuffle(chosen)

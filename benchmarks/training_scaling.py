@@ -94,7 +94,7 @@ def run_ranks(folder: Path, count: int, streams: int, steps: int) -> dict[str, A
         check=False,
     )
     if done.returncode != 0:
-        return {"failed": done.stderr[-1500:]}
+        return {"failed": done.stderr[:1500]}  # the ranks' own words come before the launcher's
     lines = (folder / f"run{count}" / "metrics.jsonl").read_text().splitlines()
     written = [json.loads(line) for line in lines]
     measured = [line for line in written if "loss" in line][2:]  # two steps of warm-up
@@ -133,7 +133,7 @@ def single_gpu(device: str) -> tuple[dict[str, float], dict[str, Any]]:
     if device != "cuda":
         return {}, {"gpu": {"skipped": "2B-2B shapes need a CUDA device with 110 GB; run with --device cuda"}}
     from training_cases import TWO_B
-    from twofold.models.flops import training_flops
+    from twofold.models.flops import example_row, training_flops
 
     config = t5gemma_config(TWO_B, 256_000)
     model = twofold.EncoderDecoder(config)
@@ -149,7 +149,7 @@ def single_gpu(device: str) -> tuple[dict[str, float], dict[str, Any]]:
         warmup_steps=3,
         measured_steps=10,
     )
-    flops = training_flops(config, source_lengths=[4096], target_lengths=[4096])
+    flops = training_flops(config, example_row(config, 4096, 4096)).model
     rate = flops * found["steps"] / found["seconds"]
     metrics = {
         "gpu_tokens_per_s": found["tokens_per_s"],
