@@ -86,13 +86,16 @@ def test_contenders_that_compute_different_losses_are_not_compared():
 def test_both_contenders_do_the_same_work(tmp_path: Path, byte_tokenizer, monkeypatch: pytest.MonkeyPatch):
     pytest.importorskip("accelerate", reason="Seq2SeqTrainer needs accelerate")
     import training_cases
+    import training_peer
     from training_contend import contend
+    from training_throughput import LOSS_TOLERANCE
+    from transformers import AutoModelForSeq2SeqLM, DataCollatorForSeq2Seq
 
     byte_tokenizer = type(byte_tokenizer)(
         tokenizer_object=byte_tokenizer.backend_tokenizer, pad_token="<|im_end|>"
     )
     monkeypatch.setattr(training_cases, "smollm2_tokenizer", lambda: byte_tokenizer)
-    training_cases.write_model(training_cases.Shape(2, 16, 32, 2, 2, 8), 258, tmp_path / "model")
+    training_cases.write_model(training_cases.Shape(2, 256, 64, 4, 4, 64), 258, tmp_path / "model")
     pairs = [{"prompt": "abc " * n, "completion": "de" * (n % 5 + 1)} for n in range(1, 9)]
     training_cases.write_pairs(tmp_path / "pairs.jsonl", pairs)
     common = {
@@ -105,6 +108,18 @@ def test_both_contenders_do_the_same_work(tmp_path: Path, byte_tokenizer, monkey
     ours = contend({"contender": "ours", **row, **common})
     default = contend({"contender": "peer", "batch_size": 4, **common})
     tuned = contend({"contender": "peer", "tuned": True, "batch_size": 2, "accumulate": 2, **common})
+
+    for cap in ("attn_logit_softcapping", "final_logit_softcapping"):  # a model without one is told apart
+        changed = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "model")
+        for stack in (changed.config.encoder, changed.config.decoder):
+            setattr(stack, cap, None)
+        for module in changed.modules():
+            if hasattr(module, cap):
+                setattr(module, cap, None)
+        features = training_cases.read_features(tmp_path / "pairs.jsonl", byte_tokenizer)
+        collator = DataCollatorForSeq2Seq(byte_tokenizer, model=changed)
+        without = training_peer.pool_loss(changed, features, collator)["loss"]
+        assert abs(without / ours["check"]["loss"] - 1) > LOSS_TOLERANCE
 
     targets = sum(len(pair["completion"]) + 1 for pair in pairs)
     sources = sum(len(pair["prompt"]) for pair in pairs)
