@@ -1,0 +1,1 @@
+"""What a run will take: parameters, FLOPs, memory, time and cost, before anything is spent."""
