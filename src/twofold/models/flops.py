@@ -72,6 +72,10 @@ class Work:
     def total(self) -> int:
         return self.forward + self.backward + self.recompute
 
+    def times(self, rows: int) -> Work:
+        """Of several rows alike."""
+        return Work(self.forward * rows, self.backward * rows, self.recompute * rows)
+
 
 @dataclass(frozen=True)
 class Flops:
@@ -107,6 +111,10 @@ class Flops:
     @property
     def total(self) -> int:
         return self.model + self.recompute
+
+    def times(self, rows: int) -> Flops:
+        """Of several rows alike."""
+        return Flops(**{name: work.times(rows) for name, work in self.parts().items()})
 
 
 def visible_pairs(rule: Rule, n_queries: int, n_keys: int, *, first_query: int = 0) -> int:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from tests.models.tiny import gemma_stack, meeting_id, pair_config, stack
+from tests.models.tiny import gemma_stack, pair_config, stack
 from tests.train.plan.account import kept_bytes
 from twofold.models import EncoderDecoder
 from twofold.train.plan.activations import AUTOCAST, BFLOAT16, FLOAT32, activations

@@ -8,6 +8,7 @@ the way, and tables, head and final norms for as long as the micro-batch lasts.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Literal, NamedTuple
@@ -52,11 +53,14 @@ def weights_of(config_json: str) -> tuple[Weight, ...]:
 
 def gets_gradient(config: EncoderDecoderConfig, name: str, trained: Trained) -> bool:
     """Whether a parameter gets a gradient, and with it moments: parameters without one are passed over."""
+    is_encoder = name.startswith("model.encoder.")
+    return _is_trained(name, trained) and (not is_encoder or _is_reached(config, name))
+
+
+def _is_trained(name: str, trained: Trained) -> bool:
     if trained == "cross_attention":
         return "cross_attn" in name
-    if name.startswith("model.encoder."):
-        return trained == "everything" and _is_reached(config, name)
-    return True
+    return trained == "everything" or not name.startswith("model.encoder.")
 
 
 def _is_reached(config: EncoderDecoderConfig, name: str) -> bool:
@@ -89,10 +93,8 @@ class Setup:
 
     @property
     def numbers(self) -> Numbers:
-        if self.precision == "float32":
-            numbers = FLOAT32
-        else:
-            numbers = AUTOCAST if self.shards == 1 else BFLOAT16
+        in_bfloat16 = AUTOCAST if self.shards == 1 else BFLOAT16
+        numbers = FLOAT32 if self.precision == "float32" else in_bfloat16
         return replace(numbers, has_bool_masks=not self.is_cpu)
 
 
@@ -155,24 +157,26 @@ class _Step:
         self.largest_matrix = max(w.size for w in weights if w.is_matrix and not w.is_table)
         self.table = config.decoder.vocab_size * config.decoder.hidden_size
         self.head_learns = trained != "cross_attention"
-        # Casts of autocast live as long as the graph of their product: those of parts without backward are dropped.
+        # Autocast casts each weight once and holds it until the loss is there; from then on only the graph does.
+        self.cast_at_loss = 0
         self.cast_weights: dict[str | None, int] = {}
-        if self.numbers.casts:
-            for w in weights:
-                if w.is_matrix and not w.is_table and self._is_cast_kept(w, trained):
-                    size = self.numbers.compute * w.size
-                    self.cast_weights[w.block] = self.cast_weights.get(w.block, 0) + size
+        for w in weights:
+            if not self.numbers.casts or not w.is_matrix or w.is_table:
+                continue
+            size, is_kept = self.numbers.compute * w.size, self._is_cast_kept(w, trained)
+            if is_kept or _is_trained(w.name, trained):
+                self.cast_at_loss += size
+            if is_kept:
+                self.cast_weights[w.block] = self.cast_weights.get(w.block, 0) + size
 
     def _is_cast_kept(self, weight: Weight, trained: Trained) -> bool:
         if self.setup.checkpointing == "full":
             return False
         if weight.name.startswith("model.encoder."):
             return trained == "everything" and _is_reached(self.config, weight.name)
-        if trained != "everything" and (
-            "cross_attn.k_proj" in weight.name or "cross_attn.v_proj" in weight.name
-        ):
-            return False  # their input needs no gradient, so their weight is not read again
-        return True
+        # Where a weight's input needs no gradient, the weight is not read again.
+        reads_frozen = trained != "everything" and re.search(r"cross_attn\.[kv]_proj", weight.name)
+        return not reads_frozen
 
     def moments(self) -> list[Memory]:
         shards = self.setup.shards
@@ -183,7 +187,9 @@ class _Step:
         cast = sum(self.cast_weights.values())
         held, pending, chunk = self._loss()
         found = [
-            self._memory("loss", before, cast + gathered, self.kept.total, held + pending + chunk, 0),
+            self._memory(
+                "loss", before, self.cast_at_loss + gathered, self.kept.total, held + pending + chunk, 0
+            ),
         ]
 
         # Backward, last layer first: its activations are still there, the gradients behind it are made.
@@ -195,6 +201,8 @@ class _Step:
             layer = (self.kept.decoder if side == "decoder" else self.kept.encoder)[i]
             if layer.total:
                 temporary = self._of_a_layer(side) + self.kept.recomputed
+                if self.numbers.casts and self.setup.checkpointing == "full":
+                    temporary += self.numbers.compute * self.largest_block
                 if (
                     is_sharded
                 ):  # a block's whole gradient, as computed and in float32 to be summed over devices
