@@ -23,18 +23,18 @@ def setup(**changes):
 
 @needs_chunks
 @pytest.mark.parametrize(
-    ("gemma", "precision", "accumulate", "checkpointing"),
+    ("gemma", "precision", "accumulate", "checkpointing", "vocab"),
     [
-        (False, "float32", 1, "none"),
-        (False, "float32", 2, "none"),
-        (True, "bfloat16", 1, "none"),
-        (False, "bfloat16", 2, "none"),
-        (False, "float32", 1, "full"),
-        (True, "bfloat16", 2, "full"),
+        (False, "float32", 1, "none", 1024),
+        (False, "float32", 2, "none", 1024),
+        (True, "bfloat16", 1, "none", 16384),
+        (False, "bfloat16", 2, "none", 1024),
+        (False, "float32", 1, "full", 1024),
+        (True, "bfloat16", 2, "full", 1024),
     ],
 )
-def test_the_peak_of_a_step(gemma, precision, accumulate, checkpointing):
-    config = small(gemma, vocab=1024, width=128)
+def test_the_peak_of_a_step(gemma, precision, accumulate, checkpointing, vocab):
+    config = small(gemma, vocab=vocab, width=128)
     predicted = peak_memory(
         config, setup(precision=precision, accumulates=accumulate > 1, checkpointing=checkpointing)
     )
@@ -43,7 +43,7 @@ def test_the_peak_of_a_step(gemma, precision, accumulate, checkpointing):
     peak, _ = step_peak(
         model, 2, (96, 64), precision=precision, accumulate=accumulate, checkpointing=checkpointing
     )
-    assert abs(predicted.total - peak) <= 0.05 * peak, predicted.parts()
+    assert abs(predicted.total - peak) <= 0.03 * peak, predicted.parts()
 
 
 @pytest.mark.parametrize("trained", ["everything", "cross_attention", "all_but_encoder"])

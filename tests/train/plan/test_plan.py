@@ -92,11 +92,14 @@ def test_warm_up_is_a_phase_of_its_own_and_cheaper(two_billion):
     assert first.flops_per_step.forward == second.flops_per_step.forward
 
 
-def test_the_largest_batch_fits_and_one_more_row_does_not(two_billion):
-    largest = plan_run(recipe(two_billion), find_device("h200"), 8).largest_rows_per_batch
-    assert largest >= 1
+@pytest.mark.parametrize("target_length", [512, 256, 128])
+def test_the_largest_batch_fits_and_one_more_row_does_not(two_billion, target_length):
+    short = {"source_length": 512, "target_length": target_length}
+    largest = plan_run(recipe(two_billion, short), find_device("h200"), 8).largest_rows_per_batch
+    assert largest > 8
     for rows, fits in ((largest, True), (largest + 1, False)):
-        assert plan_run(recipe(two_billion, {"rows_per_batch": rows}), find_device("h200"), 8).fits is fits
+        one = recipe(two_billion, short | {"rows_per_batch": rows})
+        assert plan_run(one, find_device("h200"), 8).fits is fits
 
 
 def test_what_to_change_saves_what_it_says(two_billion):
