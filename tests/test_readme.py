@@ -31,7 +31,7 @@ def test_commands_parse(line):
 
 
 def test_there_are_commands_for_every_verb():
-    assert {line.split()[1] for line in commands()} == {"adapt", "inspect", "generate", "train"}
+    assert {line.split()[1] for line in commands()} == {"adapt", "inspect", "generate", "train", "plan"}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
