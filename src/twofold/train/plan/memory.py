@@ -18,10 +18,8 @@ import torch
 from twofold.config import EncoderDecoderConfig
 from twofold.models import EncoderDecoder
 from twofold.models.flops import Checkpointing, Trained, trained_encoder_layers
+from twofold.train.loss import CHUNK_BYTES
 from twofold.train.plan.activations import AUTOCAST, BFLOAT16, FLOAT32, Activations, Numbers, activations
-
-LOSS_CHUNK_BYTES = 2**27
-"""Of float32 logits that the loss makes at a time."""
 
 
 class Weight(NamedTuple):
@@ -228,7 +226,7 @@ class _Step:
         """Bytes that hold the decoder's states until their backward pass, those of the head's gradient until it
         meets the embedding's, and those of a chunk."""
         scored, stack = self.setup.scored, self.config.decoder
-        n_rows = min(max(LOSS_CHUNK_BYTES // (4 * stack.vocab_size), 1), scored)
+        n_rows = min(max(CHUNK_BYTES // (4 * stack.vocab_size), 1), scored)
         # Logits, what the softmax makes of them, and their slope; in bfloat16 the product's own result before.
         chunk = 3 * 4 * n_rows * stack.vocab_size
         weight = 0

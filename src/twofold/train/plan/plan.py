@@ -287,7 +287,7 @@ class _Draft:
 
     @property
     def checkpointing(self) -> Any:
-        return getattr(self.recipe, "activation_checkpointing", "none")
+        return self.recipe.activation_checkpointing
 
     @property
     def tokens_per_step(self) -> int:
