@@ -440,3 +440,10 @@ def test_rows_alike_are_one_run() -> None:
     assert run.blocks[0].hidden is None
     padded = tokens([1] * 5, [1] * 4 + [0])
     assert [run.rows for run in AttentionMask(padded, (padded, Rule())).runs] == [slice(0, 1), slice(1, 2)]
+
+
+def test_layers_share_what_a_mask_has_worked_out() -> None:
+    mask = AttentionMask(FOUR, (FOUR, Rule()))
+    assert mask.runs is mask.runs
+    assert mask.block_mask is mask.block_mask
+    assert mask.dense is mask.dense

@@ -1,5 +1,6 @@
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -206,15 +207,23 @@ def test_works_under_activation_checkpointing(softcap: float | None) -> None:
 
 
 def test_works_in_a_compiled_function() -> None:
-    """The graph breaks around it; what stands before and after is traced."""
-    mask = MASKS["causal"]
-    leaves = qkv(mask)
+    """The graph breaks around it; what stands before and after is compiled once, whatever the masks."""
+    graphs = 0
 
-    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def count(graph: Any, inputs: Any) -> Any:
+        nonlocal graphs
+        graphs += 1
+        return graph.forward
+
+    def run(mask: AttentionMask, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return attend(q * 2, k, v, mask, scale=0.5, softcap=2.0, backend="segments") + 1
 
-    expected = torch.autograd.grad(run(*leaves).square().sum(), leaves)
-    compiled = torch.compile(run, backend="aot_eager")
-    found = torch.autograd.grad(compiled(*leaves).square().sum(), leaves)
-    for ours, theirs in zip(found, expected, strict=True):
-        assert_same(ours, theirs, 1e-6)
+    compiled: Any = torch.compile(run, backend=count)
+    for ids in ([1] * 7 + [2] * 3, [0] * 4 + [1] * 6, [1] * 2 + [2] * 2 + [3] * 6):
+        mask = AttentionMask(tokens(ids), (tokens(ids), Rule(future=0)))
+        leaves = qkv(mask)
+        expected = torch.autograd.grad(run(mask, *leaves).square().sum(), leaves)
+        found = torch.autograd.grad(compiled(mask, *leaves).square().sum(), leaves)
+        for ours, theirs in zip(found, expected, strict=True):
+            assert_same(ours, theirs, 1e-6)
+    assert graphs == 2

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
 _SEGMENT_BITS = 32
-"""A coordinate is `segment * 2**32 + position`: intervals of two segments never meet."""
+"""A coordinate is `segment * 2**32 + position`: no token of one segment lies in an interval of another."""
 
 _NOWHERE = -1
 """Coordinate of padding, below those of all tokens; also the end of the interval of a padding key."""
@@ -54,8 +54,8 @@ class Tokens:
     """Where the tokens of a batch stand."""
 
     positions: Tensor
-    """int64 [B, L]. Within its segment, from 0 (or from the end of the source, for a continuing decoder); below
-    2**32."""
+    """int64 [B, L]. Within its segment, from 0 (or from the end of the source, for a continuing decoder); far
+    below 2**32."""
     segments: Tensor
     """int64 [B, L]. 0 is padding; packed examples are 1, 2, 3... from the left."""
     is_plain: bool = False
@@ -204,7 +204,7 @@ class AttentionMask:
             base, is_real = keys.segments << _SEGMENT_BITS, keys.segments > 0
             first, last = torch.zeros_like(base), torch.full_like(base, 2**_SEGMENT_BITS - 1)
             if rule.future is not None:
-                first = (keys.positions - rule.future).clamp(min=0)
+                first = keys.positions - rule.future
             if rule.sink:
                 first = torch.maximum(first, (keys.positions > 0).long())
             if rule.past is not None:
