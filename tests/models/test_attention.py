@@ -18,7 +18,7 @@ from tests.models.tiny import (
     stack,
 )
 from twofold.models import DecoderCache
-from twofold.models.attention import Attention, Backend, attend
+from twofold.models.attention import Attention, Backend, _choose_backend, attend
 from twofold.models.layers import rope_tables, rotate
 from twofold.models.masks import AttentionMask, Rule, Tokens
 
@@ -74,7 +74,7 @@ def test_eager_against_a_naive_loop(softcap: float | None, n_kv_heads: int) -> N
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-@pytest.mark.parametrize("backend", ["eager", "sdpa", "flex"])
+@pytest.mark.parametrize("backend", ["eager", "sdpa", "flex", "segments"])
 def test_a_query_without_keys_gives_zeros(backend: Backend) -> None:
     """Rule R16."""
     q, k, v = qkv(5, 8)
@@ -86,7 +86,7 @@ def test_a_query_without_keys_gives_zeros(backend: Backend) -> None:
     assert (out[0].abs().amax(-1) > 0).all()
 
 
-@pytest.mark.parametrize("backend", ["eager", "sdpa"])
+@pytest.mark.parametrize("backend", ["eager", "sdpa", "segments"])
 def test_gradients_are_finite_beside_empty_rows(backend: Backend) -> None:
     leaves = [t.requires_grad_() for t in qkv(5, 8)]
     attend(*leaves, holey_mask(), scale=0.4, backend=backend).square().sum().backward()
@@ -168,13 +168,19 @@ def test_what_a_backend_cannot_do_is_refused() -> None:
         attend(q, k, v, mask, scale=1.0, softcap=50.0, backend="sdpa")
     with pytest.raises(ValueError, match=r"'flex' has no dropout, got 0.1"):
         attend(q, k, v, mask, scale=1.0, dropout_p=0.1, backend="flex")
+    with pytest.raises(ValueError, match=r"'segments' has no dropout, got 0.1"):
+        attend(q, k, v, mask, scale=1.0, dropout_p=0.1, backend="segments")
+    with pytest.raises(
+        ValueError, match="'segments' is made for the CPU, got tensors on meta; use 'auto' or"
+    ):
+        attend(*(x.to("meta") for x in (q, k, v)), mask, scale=1.0, backend="segments")
     for leaf in (q, k, v):
         leaf.requires_grad_()
-        with pytest.raises(ValueError, match="'flex' has no gradient on CPU; use 'eager' or 'sdpa'"):
+        with pytest.raises(ValueError, match="'flex' has no gradient on CPU; use 'segments' or 'eager'"):
             attend(q, k, v, mask, scale=1.0, backend="flex")
         leaf.requires_grad_(False)
     with pytest.raises(
-        ValueError, match="unknown attention backend 'flash'; use one of auto, eager, sdpa, flex"
+        ValueError, match="unknown attention backend 'flash'; use one of auto, eager, sdpa, flex, segments"
     ):
         attend(q, k, v, mask, scale=1.0, backend="flash")  # type: ignore[arg-type]
 
@@ -187,6 +193,91 @@ def test_auto_keeps_the_soft_cap_and_trains() -> None:
         auto = attend(q, k, v, mask, scale=0.4, softcap=softcap)
         assert_same(auto, attend(q, k, v, mask, scale=0.4, softcap=softcap, backend="eager"), 1e-6)
         auto.sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("device", "n_queries", "is_plain", "softcap", "dropout_p", "chosen"),
+    [
+        ("cpu", 100, False, None, 0.0, "segments"),
+        ("cpu", 100, False, 2.0, 0.0, "segments"),
+        ("cpu", 100, True, None, 0.0, "sdpa"),
+        ("cpu", 100, True, 2.0, 0.0, "segments"),
+        ("cpu", 1, False, None, 0.0, "sdpa"),
+        ("cpu", 1, True, 2.0, 0.0, "eager"),
+        ("cpu", 100, False, None, 0.1, "sdpa"),
+        ("cpu", 100, False, 2.0, 0.1, "eager"),
+        ("cuda", 200, False, None, 0.0, "flex"),
+        ("cuda", 200, False, 2.0, 0.0, "flex"),
+        ("cuda", 200, True, None, 0.0, "sdpa"),
+        ("cuda", 1, False, None, 0.0, "sdpa"),
+        ("cuda", 1, False, 2.0, 0.0, "flex"),
+        ("cuda", 200, False, 2.0, 0.1, "eager"),
+        ("meta", 200, False, 2.0, 0.0, "eager"),
+        ("meta", 200, False, None, 0.0, "sdpa"),
+    ],
+)
+def test_what_auto_chooses(
+    device: str, n_queries: int, is_plain: bool, softcap: float | None, dropout_p: float, chosen: str
+) -> None:
+    class Queries:
+        shape = (1, 4, n_queries, 8)
+
+    Queries.device = torch.device(device)  # type: ignore[attr-defined]
+    tokens = Tokens.from_segments(torch.ones(1, n_queries, dtype=torch.int64), is_plain=is_plain)
+    for rule in (Rule(), Rule(future=0)):
+        mask = AttentionMask(tokens, (tokens, rule))
+        assert _choose_backend(Queries(), mask, softcap, dropout_p) == chosen  # type: ignore[arg-type]
+
+
+def test_compiled_flex_is_not_compiled_anew_for_new_masks() -> None:
+    """Dynamo's part alone: one graph serves other segments, other rules' numbers and other lengths.
+
+    (A first call whose number of blocks happens to be that of the heads would be compiled once more.)
+    """
+    from torch.nn.attention.flex_attention import flex_attention
+
+    graphs = 0
+
+    def count(graph: Any, inputs: Any) -> Any:
+        nonlocal graphs
+        graphs += 1
+        return graph.forward
+
+    compiled: Any = torch.compile(flex_attention, dynamic=True, backend=count)
+    for n_queries, n_keys, window in ((300, 500, 5), (300, 500, 7), (420, 290, 5), (513, 700, 9)):
+        generator = torch.Generator().manual_seed(n_queries + window)
+        own, source = (
+            Tokens.from_segments((torch.rand(2, n, generator=generator) < 0.1).cumsum(1))
+            for n in (n_queries, n_keys)
+        )
+        mask = AttentionMask(own, (source, Rule()), (own, Rule(past=window, future=0)))
+        q, k, v = qkv(n_queries, n_keys + n_queries)
+        with torch.no_grad():
+            found = compiled(q, k, v, block_mask=mask.block_mask, scale=0.4, enable_gqa=True)
+            assert_same(found, attend(q, k, v, mask, scale=0.4, backend="eager"), 2e-6)
+    assert graphs == 1
+
+
+@pytest.mark.slow
+def test_compiled_flex_reads_the_block_lists() -> None:
+    """The uncompiled form looks at `mask_mod` alone; a kernel skips empty blocks and takes full ones unasked.
+
+    Static shapes: for dynamic ones torch 2.13 writes C++ that does not compile on CPU.
+    """
+    from torch.nn.attention.flex_attention import flex_attention
+
+    ids = torch.tensor([[1] * 300 + [2] * 90 + [0] * 10, [0] * 5 + [1] * 100 + [2] * 295])
+    own = Tokens.from_segments(ids)
+    mask = AttentionMask(own, (own, Rule()), (own, Rule(past=200, future=0)))
+    is_empty, is_full = mask.block_kinds(128)
+    assert is_empty.any()
+    assert is_full.any()
+    q, k, v = qkv(400, 800)
+    with torch.no_grad():
+        found: Any = torch.compile(flex_attention, dynamic=False)(
+            q, k, v, block_mask=mask.block_mask, scale=0.4, enable_gqa=True
+        )
+        assert_same(found, attend(q, k, v, mask, scale=0.4, backend="eager"), 2e-6)
 
 
 # The module around it.
@@ -262,7 +353,10 @@ def test_backend_reaches_every_module() -> None:
 @torch.no_grad()
 def test_backends_agree_beyond_the_window(layout: str) -> None:
     """D1, D2: source and target longer than windows of 3, scores beyond the cap."""
-    for config, backends in ((gemma_stack(), ("auto", "flex")), (stack(), ("auto", "sdpa", "flex"))):
+    for config, backends in (
+        (gemma_stack(), ("auto", "flex", "segments")),
+        (stack(), ("auto", "sdpa", "flex", "segments")),
+    ):
         model = build(
             pair_config(config, layout=layout), qk_factor=3.0 if config.attn_logit_softcapping else 1.0
         )

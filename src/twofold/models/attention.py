@@ -1,4 +1,4 @@
-"""Attention: one door, `attend`, with three backends behind it, and the module that makes q, k and v.
+"""Attention: one door, `attend`, with four backends behind it, and the module that makes q, k and v.
 
 Letters: B batch, T queries, S keys, N query heads, K key-value heads, G = N / K queries per key-value head,
 H head_dim, D width of the queries' side, E width of the keys' side (the encoder's in cross-attention).
@@ -18,9 +18,13 @@ from twofold.config import StackConfig
 from twofold.models.cache import KeyValues
 from twofold.models.layers import RMSNorm, rotate
 from twofold.models.masks import AttentionMask
+from twofold.models.segments import attend_by_runs
 
-Backend = Literal["auto", "eager", "sdpa", "flex"]
+Backend = Literal["auto", "eager", "sdpa", "flex", "segments"]
 RopeTables = tuple[Tensor, Tensor]
+
+_MANY_QUERIES = {"cpu": 16, "cuda": 128}
+"""From here on leaving out what a mask hides pays for the work around it; a decoding step stays far below."""
 
 
 def attend(
@@ -40,8 +44,10 @@ def attend(
         softcap: scores become `softcap * tanh(scores / softcap)` before the mask; None for no cap.
         dropout_p: share of attention weights dropped; pass 0 outside training.
         backend: `eager` is the reference, with a float32 softmax. `sdpa` is PyTorch's fused kernel; it has no
-            soft-cap. `flex` is FlexAttention, made for CUDA: soft-caps and windows without a T x S tensor; no
-            dropout, and on CPU no gradient. `auto`: `sdpa` where it can, else `flex` on CUDA, else `eager`.
+            soft-cap. `flex` is FlexAttention, made for CUDA: soft-caps, windows and packed rows without a T x S
+            tensor; no dropout, and on CPU no gradient. `segments` does the same for the CPU, see
+            `models.segments`; no dropout. `auto`: `sdpa` where it needs no mask or there are few queries, else
+            `flex` on CUDA and `segments` on CPU, and `eager` or `sdpa` where those cannot be used.
 
     Returns:
         [B, N, T, H] in the dtype of q. A query that sees no key gives zeros.
@@ -50,33 +56,51 @@ def attend(
         ValueError: the backend is unknown or cannot do what is asked of it.
     """
     if backend == "auto":
-        if softcap is None:
-            backend = "sdpa"
-        elif q_BNTH.is_cuda and dropout_p == 0.0:
-            backend = "flex"
-        else:
-            backend = "eager"
+        backend = _choose_backend(q_BNTH, mask, softcap, dropout_p)
+    if backend in ("flex", "segments") and dropout_p > 0.0:
+        raise ValueError(
+            f"attention backend {backend!r} has no dropout, got {dropout_p}; use 'eager', or set it to 0"
+        )
     if backend == "eager":
         return _eager(q_BNTH, k_BKSH, v_BKSH, mask, scale, softcap, dropout_p)
     if backend == "sdpa":
         if softcap is not None:
             raise ValueError(
                 f"attention backend 'sdpa' has no soft-cap, and this model caps scores at {softcap}; "
-                "use 'eager' or 'flex'"
+                "use 'eager', 'flex' or 'segments'"
             )
         return _sdpa(q_BNTH, k_BKSH, v_BKSH, mask, scale, dropout_p)
     if backend == "flex":
-        if dropout_p > 0.0:
-            raise ValueError(
-                f"attention backend 'flex' has no dropout, got {dropout_p}; use 'eager', or set it to 0"
-            )
         needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (q_BNTH, k_BKSH, v_BKSH))
         if needs_grad and not q_BNTH.is_cuda:
             raise ValueError(
-                "attention backend 'flex' has no gradient on CPU; use 'eager' or 'sdpa' to train there"
+                "attention backend 'flex' has no gradient on CPU; use 'segments' or 'eager' to train there"
             )
         return _flex(q_BNTH, k_BKSH, v_BKSH, mask, scale, softcap)
+    if backend == "segments":
+        if q_BNTH.device.type != "cpu":
+            raise ValueError(
+                f"attention backend 'segments' is made for the CPU, got tensors on {q_BNTH.device}; "
+                "use 'auto' or 'flex'"
+            )
+        out: Tensor = attend_by_runs(q_BNTH, k_BKSH, v_BKSH, mask, scale, softcap)
+        return out
     raise ValueError(f"unknown attention backend {backend!r}; use one of {', '.join(get_args(Backend))}")
+
+
+def _choose_backend(
+    q_BNTH: Tensor, mask: AttentionMask, softcap: float | None, dropout_p: float
+) -> Literal["eager", "sdpa", "flex", "segments"]:
+    """What `auto` stands for. Known from shapes and Python data: nothing waits for the device."""
+    device = q_BNTH.device.type
+    is_large = device in _MANY_QUERIES and q_BNTH.shape[2] >= _MANY_QUERIES[device]
+    if dropout_p > 0.0:
+        return "sdpa" if softcap is None else "eager"
+    if softcap is None and (not is_large or mask.hides_nothing or mask.is_plain_causal):
+        return "sdpa"
+    if device == "cuda":
+        return "flex"
+    return "segments" if is_large else "eager"
 
 
 def _eager(

@@ -8,27 +8,45 @@ the part of the sequence it belongs to (the decoder's own past, or the source). 
                     and  position(k) - position(q) <= future(k)      # how far ahead
                     and  (position(q) > 0 or position(k) <= position(q) or not sink(k))
 
-Attention backends turn it into what they want: a dense bool tensor, or FlexAttention's `BlockMask`.
+With a token's segment and position written as one number, its *coordinate*, each key is seen from one interval
+of coordinates (`AttentionMask.intervals`). Attention backends turn that into what they want: a dense bool tensor,
+FlexAttention's `BlockMask`, or runs of tokens that see each other.
 
 Letters: B batch, T queries, S keys.
 """
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from twofold.config import EncoderMask, LayerType, StackConfig
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
-_FAR = 2**62
-"""A distance no position reaches; small enough that its negative is an int64 too."""
+_SEGMENT_BITS = 32
+"""A coordinate is `segment * 2**32 + position`: no token of one segment lies in an interval of another."""
+
+_NOWHERE = -1
+"""Coordinate of padding, below those of all tokens; also the end of the interval of a padding key."""
+
+_BEYOND = 2**62
+"""Above all coordinates: the start of the interval of a padding key."""
+
+_FLEX_BLOCK = 128
+"""Queries and keys in one block of FlexAttention's lists, its own default."""
+
+_RUN_BLOCK = 256
+"""Queries in one block of a run: a causal run computes up to this many keys too many for each query."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +54,8 @@ class Tokens:
     """Where the tokens of a batch stand."""
 
     positions: Tensor
-    """int64 [B, L]. Within its segment, from 0 (or from the end of the source, for a continuing decoder)."""
+    """int64 [B, L]. Within its segment, from 0 (or from the end of the source, for a continuing decoder); far
+    below 2**32."""
     segments: Tensor
     """int64 [B, L]. 0 is padding; packed examples are 1, 2, 3... from the left."""
     is_plain: bool = False
@@ -107,6 +126,34 @@ def encoder_rule(config: StackConfig, layer_type: LayerType, mask: EncoderMask) 
     return Rule(past=(window + 1) // 2 - 1, future=window // 2, sink=is_sink)
 
 
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Some queries of a run, and which of the run's keys they see."""
+
+    queries: slice
+    """Counted from the first query of the run."""
+    keys: slice
+    """A range of the run's keys, joined, outside which these queries see nothing."""
+    hidden: slice | None
+    """The columns of that range in which some key is hidden from some query; None where nothing is."""
+    is_causal: bool
+    """Exactly the lower triangle of a square."""
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Neighbouring queries of one segment, and the keys of that segment."""
+
+    rows: slice
+    """One batch row, or all of them where they are alike."""
+    queries: slice
+    """Of the T queries."""
+    keys: tuple[slice, ...]
+    """Of the S keys; several where padding or other segments lie between, or the keys have several parts."""
+    blocks: tuple[Block, ...]
+    """In the order of the queries. Queries in none of them see no key."""
+
+
 class AttentionMask:
     """Which keys each query may see.
 
@@ -140,49 +187,149 @@ class AttentionMask:
             and window_reaches
         )
 
-    def _key_data(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Positions and segments [B, S]; past, future int64 [S] and sink bool [S] of all parts in a row."""
-        device = self.queries.segments.device
-        positions = torch.cat([keys.positions for keys, _ in self.parts], dim=1)
-        segments = torch.cat([keys.segments for keys, _ in self.parts], dim=1)
+    @cached_property
+    def intervals(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The whole formula in three tensors: visible(q, k) = first(k) <= at(q) <= last(k).
 
-        def per_key(values: list[int]) -> Tensor:
-            spread = [
-                torch.full((keys.segments.shape[1],), value, dtype=torch.int64, device=device)
-                for (keys, _), value in zip(self.parts, values, strict=True)
-            ]
-            return torch.cat(spread)
+        `at` is a query's coordinate, and [first, last] the coordinates from which a key is seen. A sink hides
+        every later key from position 0: there `first` is position 1. Padding has no place in any interval.
 
-        past = per_key([_FAR if rule.past is None else rule.past for _, rule in self.parts])
-        future = per_key([_FAR if rule.future is None else rule.future for _, rule in self.parts])
-        sink = per_key([int(rule.sink) for _, rule in self.parts]).bool()
-        return positions, segments, past, future, sink
+        Returns:
+            at int64 [B, T]; first and last int64 [B, S].
+        """
+        segments = self.queries.segments
+        at = torch.where(segments > 0, (segments << _SEGMENT_BITS) + self.queries.positions, _NOWHERE)
+        firsts, lasts = [], []
+        for keys, rule in self.parts:
+            base, is_real = keys.segments << _SEGMENT_BITS, keys.segments > 0
+            first, last = torch.zeros_like(base), torch.full_like(base, 2**_SEGMENT_BITS - 1)
+            if rule.future is not None:
+                first = keys.positions - rule.future
+            if rule.sink:
+                first = torch.maximum(first, (keys.positions > 0).long())
+            if rule.past is not None:
+                last = keys.positions + rule.past
+            firsts.append(torch.where(is_real, base + first, _BEYOND))
+            lasts.append(torch.where(is_real, base + last, _NOWHERE))
+        return at, torch.cat(firsts, dim=1), torch.cat(lasts, dim=1)
 
     @cached_property
     def dense(self) -> Tensor:
         """bool [B, T, S], True = may attend. Computed once for all layers that share the mask."""
-        positions, segments, past, future, sink = self._key_data()
-        query_positions = self.queries.positions[:, :, None]
-        distance_BTS = query_positions - positions[:, None, :]  # > 0: key lies in the past
-        same = (self.queries.segments[:, :, None] == segments[:, None, :]) & (segments[:, None, :] > 0)
-        opens = (query_positions > 0) | (distance_BTS >= 0) | ~sink
-        return same & (distance_BTS <= past) & (-distance_BTS <= future) & opens
+        at, first, last = self.intervals
+        return (first[:, None, :] <= at[:, :, None]) & (at[:, :, None] <= last[:, None, :])
+
+    def block_kinds(self, block_size: int) -> tuple[Tensor, Tensor]:
+        """Which blocks of the mask are empty, and which are full, from the bounds of each block alone.
+
+        Full is exact, but for the last blocks of a length that `block_size` does not divide: they are never
+        full. An empty block may be missed where the coordinates of a block's queries, or the intervals of its
+        keys, leave a gap; in packed rows they leave none that matters, as coordinates grow from left to right.
+
+        Returns:
+            is_empty, is_full: bool [B, ceil(T / block_size), ceil(S / block_size)].
+        """
+        at, first, last = self.intervals
+
+        def blocks(x: Tensor, fill: int) -> Tensor:
+            padded = F.pad(x, (0, -x.shape[1] % block_size), value=fill)
+            return padded.view(len(x), -1, block_size)
+
+        at, first, last = blocks(at, _NOWHERE), blocks(first, _BEYOND), blocks(last, _NOWHERE)
+        highest = at.amax(-1)[:, :, None]
+        lowest = torch.where(at == _NOWHERE, _BEYOND, at).amin(-1)[:, :, None]
+        is_empty = (highest < first.amin(-1)[:, None]) | (lowest > last.amax(-1)[:, None])
+        is_full = (at.amin(-1)[:, :, None] >= first.amax(-1)[:, None]) & (highest <= last.amin(-1)[:, None])
+        return is_empty, is_full
 
     @cached_property
     def block_mask(self) -> BlockMask:
-        """The same rule as FlexAttention's block-sparse mask; no T x S tensor is made on CUDA."""
-        from torch.nn.attention.flex_attention import create_block_mask
+        """The same rule as FlexAttention's block-sparse mask. Its lists come from `block_kinds`, so that no
+        T x S tensor is made, nothing is compiled and nothing waits for the device."""
+        from torch.nn.attention.flex_attention import BlockMask
 
-        key_positions, key_segments, past, future, sink = self._key_data()
-        positions, segments = self.queries.positions, self.queries.segments
+        at, first, last = self.intervals
 
         def mask_mod(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-            distance = positions[b, q] - key_positions[b, k]
-            same = (segments[b, q] == key_segments[b, k]) & (key_segments[b, k] > 0)
-            opens = (positions[b, q] > 0) | (distance >= 0) | ~sink[k]
-            return same & (distance <= past[k]) & (-distance <= future[k]) & opens
+            return (first[b, k] <= at[b, q]) & (at[b, q] <= last[b, k])
 
-        n_batch, n_queries = segments.shape
-        return create_block_mask(
-            mask_mod, n_batch, None, n_queries, key_segments.shape[1], device=str(segments.device)
+        def listed(chosen: Tensor) -> tuple[Tensor, Tensor]:
+            """How many key blocks are chosen for each query block, and their numbers, those first."""
+            order = chosen.int().argsort(dim=-1, descending=True, stable=True)
+            return chosen.sum(-1, dtype=torch.int32)[:, None], order.int()[:, None]
+
+        is_empty, is_full = self.block_kinds(_FLEX_BLOCK)
+        return BlockMask.from_kv_blocks(
+            *listed(~(is_empty | is_full)),
+            *listed(is_full),
+            BLOCK_SIZE=_FLEX_BLOCK,
+            mask_mod=mask_mod,
+            seq_lengths=(at.shape[1], first.shape[1]),
         )
+
+    @cached_property
+    def runs(self) -> tuple[Run, ...]:
+        """The visible pairs as runs of queries and keys of one segment, row by row (waits for the device).
+
+        Computed once for all layers that share the mask.
+        """
+        at, first, last = (x.cpu().numpy() for x in self.intervals)
+        if all((x == x[:1]).all() for x in (at, first, last)):
+            return tuple(_runs_of_row(slice(0, len(at)), at[0], first[0], last[0]))
+        return tuple(
+            run
+            for row in range(len(at))
+            for run in _runs_of_row(slice(row, row + 1), at[row], first[row], last[row])
+        )
+
+    def hidden(self, run: Run, block: Block) -> Tensor:
+        """bool [queries, columns] of the block's `hidden` columns: True = may not attend."""
+        assert block.hidden is not None
+        row = run.rows.start
+        at, first, last = (x[row] for x in self.intervals)
+        at = at[run.queries][block.queries][:, None]
+        first, last = (torch.cat([x[keys] for keys in run.keys])[block.keys] for x in (first, last))
+        return (first[block.hidden] > at) | (at > last[block.hidden])
+
+
+_Coordinates = npt.NDArray[np.int64]
+
+
+def _runs_of_row(rows: slice, at: _Coordinates, first: _Coordinates, last: _Coordinates) -> list[Run]:
+    """The runs of one row, given its `AttentionMask.intervals`: at [T], first and last [S]."""
+    keys_of: dict[int, list[slice]] = {}
+    for segment, keys in _stretches(last >> _SEGMENT_BITS):
+        keys_of.setdefault(segment, []).append(keys)
+    runs = []
+    for segment, queries in _stretches(at >> _SEGMENT_BITS):
+        if segment in keys_of:
+            parts = keys_of[segment]
+            joined = (np.concatenate([x[keys] for keys in parts]) for x in (first, last))
+            runs.append(Run(rows, queries, tuple(parts), tuple(_blocks_of_run(at[queries], *joined))))
+    return runs
+
+
+def _stretches(segments: _Coordinates) -> list[tuple[int, slice]]:
+    """Neighbours with the same segment id, from left to right, without padding."""
+    edges = [0, *(np.flatnonzero(np.diff(segments)) + 1).tolist(), len(segments)]
+    found = [(int(segments[a]), slice(a, b)) for a, b in itertools.pairwise(edges) if a < b]
+    return [(segment, where) for segment, where in found if segment > 0]
+
+
+def _blocks_of_run(at: _Coordinates, first: _Coordinates, last: _Coordinates) -> list[Block]:
+    blocks = []
+    for start in range(0, len(at), _RUN_BLOCK):
+        here = at[start : start + _RUN_BLOCK]
+        lowest, highest = here.min(), here.max()
+        seen = np.flatnonzero((first <= highest) & (last >= lowest))
+        if not len(seen):
+            continue
+        keys = slice(int(seen[0]), int(seen[-1]) + 1)
+        opens, closes = first[keys], last[keys]
+        partly = np.flatnonzero((opens > lowest) | (closes < highest))
+        hidden = slice(int(partly[0]), int(partly[-1]) + 1) if len(partly) else None
+        is_causal = np.array_equal(opens, here) and bool(
+            (np.diff(here) > 0).all() and closes.min() >= highest
+        )
+        blocks.append(Block(slice(start, start + len(here)), keys, hidden, is_causal))
+    return blocks
