@@ -14,12 +14,12 @@ from torch import Tensor
 
 from twofold.config.data import DataConfig, ObjectiveConfig, SourceConfig
 from twofold.config.recipe import OptimizerConfig, ScheduleConfig, TrainSettings
-from twofold.data import Batch, open_corpora
+from twofold.data import Batch
 from twofold.models import EncoderDecoder
 from twofold.train import evaluate, fit
 from twofold.train.callbacks import Callback
 from twofold.train.run import build_loaders
-from twofold.train.step import StepResult
+from twofold.train.step import LossModule, StepResult
 
 LEARNING_RATE = 1e-5
 
@@ -88,14 +88,16 @@ class Meter(Callback):
 class Counted:
     """A training loader that remembers how many positions, padding included, its batches have had."""
 
+    num_streams = 1
+
     def __init__(self, loader: Any) -> None:
         self._loader = loader
         self.positions: list[int] = []
 
-    def __next__(self) -> Batch:
-        batch: Batch = next(self._loader)
-        self.positions.append(batch.input_ids.numel() + batch.labels.numel())
-        return batch
+    def next_step(self) -> list[Batch]:
+        batches: list[Batch] = self._loader.next_step()
+        self.positions.append(sum(batch.input_ids.numel() + batch.labels.numel() for batch in batches))
+        return batches
 
     def state_dict(self) -> dict[str, Any]:
         state: dict[str, Any] = self._loader.state_dict()
@@ -107,6 +109,8 @@ class Counted:
 
 class RandomBatches:
     """One row of random ids, again and again: one example of the given lengths in each batch."""
+
+    num_streams = 1
 
     def __init__(self, vocab_size: int, source_length: int, target_length: int) -> None:
         random = torch.Generator().manual_seed(0)
@@ -122,8 +126,8 @@ class RandomBatches:
             labels=ids(target_length),
         )
 
-    def __next__(self) -> Batch:
-        return self._batch
+    def next_step(self) -> list[Batch]:
+        return [self._batch]
 
     def state_dict(self) -> dict[str, Any]:
         return {}
@@ -159,8 +163,7 @@ def measure(
 
 def pool_loader(model: EncoderDecoder, data: DataConfig) -> Any:
     """The training loader of a run on this data."""
-    loader, _ = build_loaders(data, open_corpora(data), model)
-    return loader
+    return build_loaders(data, model)[0]
 
 
 def pool_loss(model: EncoderDecoder, data: DataConfig) -> dict[str, float]:
@@ -173,7 +176,7 @@ def pool_loss(model: EncoderDecoder, data: DataConfig) -> dict[str, float]:
             counts["real_tokens"] += batch.num_real_tokens
             yield batch
 
-    found = evaluate(model, counted())
+    found = evaluate(LossModule(model), counted())
     return {"loss": found.loss, "scored_tokens": found.scored_tokens, **counts}
 
 
