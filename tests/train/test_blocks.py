@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from tests.train.tiny_run import loader, tiny_model
+from twofold.models.attention import Attention
 from twofold.models.stack import DecoderBlock, EncoderBlock
 from twofold.train import LossModule
 from twofold.train.blocks import blocks_of, checkpoint_activations, compile_blocks, restore_blocks
@@ -41,9 +42,14 @@ def assert_same(one, other):
 
 
 @pytest.mark.parametrize("mode", ["selective", "full"])
+@pytest.mark.parametrize("dropout", [0.2, 0.0])  # with dropout another attention kernel is used
+@pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("meeting", [{}, {"layout": "merged", "reads": "aligned", "cross_rope": True}])
-def test_checkpointing_changes_no_gradient_and_keeps_dropout(mode, meeting):
-    model = tiny_model(dropout=0.2, **meeting).train()
+def test_checkpointing_changes_no_gradient_and_keeps_dropout(mode, meeting, softcap, dropout):
+    model = tiny_model(dropout=dropout, **meeting).train()
+    for module in model.modules():
+        if isinstance(module, Attention):
+            module.softcap = softcap
     plain = loss_and_gradients(model)
     checkpoint_activations(model, mode)
     assert_same(loss_and_gradients(model), plain)

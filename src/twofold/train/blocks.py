@@ -23,7 +23,6 @@ KEPT_OPERATIONS = frozenset(
     {
         _aten.mm.default,
         _aten.addmm.default,
-        _aten.bmm.default,
         _aten.linear.default,
         _aten._scaled_dot_product_flash_attention.default,
         _aten._scaled_dot_product_flash_attention_for_cpu.default,
@@ -33,7 +32,7 @@ KEPT_OPERATIONS = frozenset(
     }
 )
 """Whose results `selective` keeps: they hold nearly all the arithmetic. Norms, activations, rotations and casts
-are done again."""
+are done again, and so are batched products, which are attention's scores where no fused kernel makes them."""
 
 
 def blocks_of(model: EncoderDecoder) -> list[Block]:
