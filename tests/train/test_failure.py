@@ -136,19 +136,9 @@ def test_the_rank_that_fails_says_why_and_the_others_that_one_failed(tmp_path):
 
 
 def torchrun(arguments, size=2):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size)]
     return subprocess.Popen(
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc-per-node",
-            str(size),
-            "-m",
-            "twofold.cli",
-            "train",
-            *map(str, arguments),
-        ],
+        [*launcher, "-m", "twofold.cli", "train", *map(str, arguments)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -171,4 +161,4 @@ def test_the_command_under_torchrun(tmp_path):
     _, messages = (process := torchrun(resume)).communicate(timeout=100)
     assert process.returncode != 0
     assert "set it to a multiple of 2 (such as 4)" in messages.replace("\n", " ")
-    assert "Traceback" not in messages
+    assert "twofold/train" not in messages  # torchrun's own traceback is not ours to leave out

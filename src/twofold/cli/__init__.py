@@ -31,7 +31,7 @@ def main() -> None:
     logging.getLogger("transformers").setLevel(logging.ERROR)
     warnings.showwarning = lambda message, *_args, **_options: note(f"warning: {message}")
     try:
-        _run()
+        app()
     except (ValueError, OSError, ImportError, NonFiniteError) as error:
         if is_main() or not isinstance(
             error, (NonFiniteError, CheckpointError)
@@ -50,15 +50,6 @@ def main() -> None:
         ):  # the traceback follows; among those of many ranks this is the line to look for
             fail(f"{type(error).__name__}: {_text(error)}")
         raise
-
-
-def _run() -> None:
-    if "TORCHELASTIC_ERROR_FILE" in os.environ:
-        from torch.distributed.elastic.multiprocessing.errors import record
-
-        record(app)()  # torchrun's summary then names the first rank that failed, and its error
-    else:
-        app()
 
 
 def _text(error: Exception) -> str:
