@@ -1,6 +1,7 @@
 """What is left of a run of several ranks when one of them, or all, or the disk fails."""
 
 import errno
+import itertools
 import json
 import os
 import signal
@@ -17,23 +18,22 @@ from tests.train.test_parallel import A, assert_same_weights, close, resumed, ru
 from tests.train.tiny_run import recipe, settings, tiny_model
 from twofold.checkpoint.load import load
 from twofold.train import Callback, checkpointing, fit, latest_checkpoint
+from twofold.train import step as step_module
 from twofold.train.world import start_world
 
 
-class KillAt(Callback):
-    """Kill -9 this process at the end of a step."""
-
-    def __init__(self, step):
-        self.step = step
-
-    def on_step(self, step, result):
-        if step == self.step:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-
 def rank_dies(output, victim):
-    callbacks = [KillAt(3)] if int(os.environ["RANK"]) == victim else []
-    return run(output, {"save_every": 1, "collective_timeout_s": 30}, callbacks=callbacks)
+    """Kill -9 in the middle of step 4: after the forward pass of the second batch, before its backward pass."""
+    real, calls = step_module.batch_loss, itertools.count(1)
+
+    def batch_loss(*arguments):
+        loss = real(*arguments)
+        if next(calls) == 8 and os.environ["RANK"] == str(victim):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return loss
+
+    step_module.batch_loss = batch_loss
+    return run(output, {"save_every": 1, "collective_timeout_s": 30})
 
 
 @pytest.mark.parametrize("victim", [0, 1])
@@ -44,7 +44,7 @@ def test_a_killed_rank_ends_the_others_and_the_run_goes_on_from_its_last_checkpo
     assert time.monotonic() - started < 20
     assert results[victim] == "killed"
     assert "another rank failed" in str(results[1 - victim])
-    assert f"rank {1 - victim}, after step" in str(results[1 - victim])
+    assert f"rank {1 - victim}, after step 3" in str(results[1 - victim])
     checkpoint = latest_checkpoint(tmp_path / "parts")
     assert checkpoint.name in ("step-000001", "step-000002", "step-000003")
     load(checkpoint)
