@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -27,7 +28,8 @@ from twofold.data import (
 from twofold.models import EncoderDecoder
 from twofold.objectives import find_sentinels
 from twofold.train.callbacks import Callback, RunStart, TrainResult
-from twofold.train.loop import device_of, find_start, fit, new_state
+from twofold.train.loop import find_start, fit, new_state
+from twofold.train.world import World, start_world
 
 
 def train(recipe: Recipe, *, resume: bool = False, callbacks: Sequence[Callback] = ()) -> TrainResult:
@@ -38,24 +40,61 @@ def train(recipe: Recipe, *, resume: bool = False, callbacks: Sequence[Callback]
     Args:
         recipe: see `load_recipe`.
         resume: see `fit`.
-        callbacks: watchers.
+        callbacks: watchers; with several ranks called on the rank they are given to.
 
     Raises:
         FileExistsError, FileNotFoundError: see `fit`; before anything is loaded. Also: no donors or no data.
         ValueError: model, data and settings do not go together; nothing has been written.
         NonFiniteError: see `fit`.
     """
-    output = Path(recipe.output)
+    with start_world(recipe) as world:
+        output = Path(recipe.output)
+        checkpoint = world.from_main(lambda: find_checked_start(recipe, output, resume=resume))
+        model, train_loader, held_out_loader = build_parts(recipe, checkpoint, world)
+        watchers = [RunFiles(recipe, model), *callbacks] if world.is_main else callbacks
+        with Prefetcher(train_loader) as prefetched:
+            return fit(
+                model, prefetched, held_out_loader, recipe, output, watchers, resume=resume, world=world
+            )
+
+
+def find_checked_start(recipe: Recipe, output: Path, *, resume: bool) -> Path | None:
+    """The checkpoint to go on from, which fits the recipe; None: the run begins. Raises: see `fit`."""
     checkpoint = find_start(output, resume=resume)
     new_state(recipe, checkpoint)
-    device_of(recipe)
-    for source in (*recipe.data.sources, *recipe.data.held_out):
-        SourceReader(source)  # finds missing files before the model is loaded
-    model = build_model(recipe.model, checkpoint)
-    train_loader, held_out_loader = build_loaders(recipe.data, model, num_streams=recipe.accumulate_batches)
-    watchers = [RunFiles(recipe, model), *callbacks]
-    with Prefetcher(train_loader) as prefetched:
-        return fit(model, prefetched, held_out_loader, recipe, output, watchers, resume=resume)
+    return checkpoint
+
+
+def build_parts(
+    recipe: Recipe, checkpoint: Path | None, world: World
+) -> tuple[EncoderDecoder, Loader, Loader | None]:
+    """Model and loaders of one rank. Rank 0 alone reads weights, and comes first; the others' model, with the
+    vocabulary that rank 0 found or made, is on the meta device.
+
+    Raises: see `train`.
+    """
+
+    def build(model: EncoderDecoder) -> tuple[EncoderDecoder, Loader, Loader | None]:
+        streams = world.streams(recipe.accumulate_batches)
+        loaders = build_loaders(recipe.data, model, num_streams=recipe.accumulate_batches, owned=streams)
+        return model, *loaders
+
+    parts: list[tuple[EncoderDecoder, Loader, Loader | None]] = []
+
+    def build_first() -> tuple[EncoderDecoderConfig, Any]:
+        for source in (*recipe.data.sources, *recipe.data.held_out):
+            SourceReader(source)  # finds missing files before the model is loaded
+        parts.append(build(build_model(recipe.model, checkpoint)))
+        model = parts[0][0]
+        return model.config, model.tokenizer
+
+    config, tokenizer = world.from_main(build_first)
+    if not world.is_main:
+        with torch.device("meta"):
+            model = EncoderDecoder(config)
+        model.tokenizer = tokenizer
+        parts.append(build(model.eval()))
+    return parts[0]
 
 
 def build_model(config: ModelConfig, checkpoint: Path | None = None) -> EncoderDecoder:
