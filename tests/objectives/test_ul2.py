@@ -6,7 +6,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from twofold.config.data import ObjectiveConfig
-from twofold.objectives.ul2 import PRESETS, Denoiser, restore_ul2, sentinels_needed, ul2, ul2_raw_length
+from twofold.objectives.ul2 import (
+    PRESETS,
+    Denoiser,
+    denoise,
+    restore_ul2,
+    sentinels_needed,
+    ul2,
+    ul2_raw_lengths,
+)
 
 SENTINELS = list(range(2000, 1000, -1))
 MODES = {"[R]": [901], "[S]": [902, 903], "[X]": [904]}
@@ -63,10 +71,10 @@ def test_mean_corruption_of_t5gemma2():
 
 
 def test_sentinel_budget():
-    assert sentinels_needed(PRESETS["t5gemma2"], 16384) == 819
-    assert sentinels_needed(PRESETS["ul2"], 512) == 85
-    assert sentinels_needed(PRESETS["ul2"], 8192) == 1365
-    assert sentinels_needed(((Denoiser(kind="suffix", noise_density=0.75), 1.0),), 16384) == 0
+    assert sentinels_needed(PRESETS["t5gemma2"], [16384] * 5) == 819
+    assert sentinels_needed(PRESETS["ul2"], [512] * 7) == 85
+    assert sentinels_needed(PRESETS["ul2"], [8192] * 7) == 1365
+    assert sentinels_needed(((Denoiser(kind="suffix", noise_density=0.75), 1.0),), [16384]) == 0
 
 
 def test_suffix_takes_the_end_without_a_sentinel():
@@ -112,21 +120,21 @@ def test_restore_is_the_inverse(preset, tokens, seed):
 @given(st.sampled_from(sorted(PRESETS)), st.integers(5, 60), st.integers(4, 60), st.integers(0, 99))
 def test_raw_length_fits_whatever_is_drawn(preset, source_budget, target_budget, seed):
     mixture = PRESETS[preset]
-    length = ul2_raw_length(mixture, source_budget, target_budget, MODES)
+    lengths = ul2_raw_lengths(mixture, source_budget, target_budget, MODES)
     rng = np.random.default_rng(seed)
-    for _ in range(10):
-        pair, _ = ul2(np.arange(length), mixture, SENTINELS, rng, MODES)
+    for (denoiser, _), length in zip(mixture, lengths, strict=True):
+        pair = denoise(np.arange(length), denoiser, SENTINELS, rng, MODES)
         assert len(pair.source) <= source_budget
         assert len(pair.target) <= target_budget
 
 
 def test_raw_length_is_not_shorter_than_needed():
     suffix = ((Denoiser(kind="suffix", noise_density=0.75), 1.0),)
-    assert ul2_raw_length(suffix, 4096, 12288, {}) == 16384
-    assert ul2_raw_length(((span(3, 0.15), 1.0),), 511, 4096, {}) == 568
-    assert (
-        ul2_raw_length(((Denoiser(kind="suffix", noise_density=0.5, split="uniform"), 1.0),), 7, 5, {}) == 6
-    )
+    assert ul2_raw_lengths(suffix, 4096, 12288, {}) == (16384,)
+    assert ul2_raw_lengths(((span(3, 0.15), 1.0),), 511, 4096, {}) == (568,)
+    assert ul2_raw_lengths(
+        ((Denoiser(kind="suffix", noise_density=0.5, split="uniform"), 1.0),), 7, 5, {}
+    ) == (6,)
 
 
 def test_errors():
@@ -137,7 +145,7 @@ def test_errors():
         with pytest.raises(ValueError, match="weights above 0"):
             ul2(np.arange(8), mixture, SENTINELS, rng, {})
     with pytest.raises(ValueError, match="budgets of 0 and 5"):
-        ul2_raw_length(((Denoiser(kind="suffix", noise_density=0.5), 1.0),), 0, 5, {})
+        ul2_raw_lengths(((Denoiser(kind="suffix", noise_density=0.5), 1.0),), 0, 5, {})
     pair, denoiser = ul2(np.arange(8), PRESETS["ul2"], SENTINELS, rng, MODES)
     with pytest.raises(ValueError, match="must start with mode token"):
         restore_ul2(pair._replace(source=pair.source[1:]), denoiser, SENTINELS, MODES)

@@ -22,7 +22,17 @@ from twofold.objectives.span_corruption import (
     span_corruption,
 )
 
-__all__ = ["PRESETS", "Denoiser", "Mixture", "restore_ul2", "sentinels_needed", "ul2", "ul2_raw_length"]
+__all__ = [
+    "PRESETS",
+    "Denoiser",
+    "Mixture",
+    "denoise",
+    "draw_denoiser",
+    "restore_ul2",
+    "sentinels_needed",
+    "ul2",
+    "ul2_raw_lengths",
+]
 
 Mixture: TypeAlias = tuple[tuple[Denoiser, float], ...]
 """Denoisers with their weights, which need not sum to 1."""
@@ -68,12 +78,12 @@ def _mean_span_length(denoiser: Denoiser) -> float:
     return denoiser.mean_span_length
 
 
-def sentinels_needed(mixture: Mixture, raw_length: int) -> int:
-    """How many sentinels the mixture needs at most for sequences of up to `raw_length` tokens."""
+def sentinels_needed(mixture: Mixture, raw_lengths: Sequence[int]) -> int:
+    """How many sentinels the mixture needs at most, each denoiser for sequences of up to its raw length."""
     return max(
         (
-            num_spans(raw_length, d.noise_density, _mean_span_length(d))
-            for d, _ in mixture
+            num_spans(length, d.noise_density, _mean_span_length(d))
+            for (d, _), length in zip(mixture, raw_lengths, strict=True)
             if d.kind == "span"
         ),
         default=0,
@@ -92,15 +102,18 @@ def _mode(denoiser: Denoiser, mode_ids: Mapping[str, Sequence[int]]) -> Tokens:
     return np.asarray(mode_ids[denoiser.mode_token], dtype=np.int64)
 
 
-def ul2_raw_length(
+def ul2_raw_lengths(
     mixture: Mixture, source_budget: int, target_budget: int, mode_ids: Mapping[str, Sequence[int]]
-) -> int:
-    """The largest raw length that fits both budgets whichever denoiser is drawn, mode tokens included.
+) -> tuple[int, ...]:
+    """The largest raw length of each denoiser that fits both budgets, mode token included.
+
+    Denoisers fill the two sides so differently that one length for all would leave rows half empty; T5's
+    preprocessors choose one per task too (`random_spans_helper`).
 
     Raises:
         ValueError: a denoiser fits not even 2 tokens.
     """
-    return min(
+    return tuple(
         _denoiser_raw_length(d, source_budget - len(_mode(d, mode_ids)), target_budget) for d, _ in mixture
     )
 
@@ -133,29 +146,37 @@ def _probabilities(mixture: Mixture) -> npt.NDArray[np.float64]:
     return probabilities
 
 
-def ul2(
+def draw_denoiser(mixture: Mixture, rng: np.random.Generator) -> int:
+    """The index of a denoiser, drawn by weight.
+
+    Raises:
+        ValueError: weights that are not above 0.
+    """
+    return int(rng.choice(len(mixture), p=_probabilities(mixture)))
+
+
+def denoise(
     tokens: Tokens,
-    mixture: Mixture,
+    denoiser: Denoiser,
     sentinel_ids: Sequence[int],
     rng: np.random.Generator,
     mode_ids: Mapping[str, Sequence[int]],
-) -> tuple[Pair, Denoiser]:
-    """Draw a denoiser by weight and apply it.
+) -> Pair:
+    """Apply one denoiser.
 
     Args:
         tokens: int64 [length], at least 2.
-        mixture: see `PRESETS`.
+        denoiser: of a mixture.
         sentinel_ids: in order of use; span denoisers only.
-        rng: draws the denoiser, then the spans or the cut.
+        rng: draws the spans or the cut.
         mode_ids: token ids of each mode token, put in front of the source.
 
     Returns:
-        The pair, without EOS, and the denoiser that made it.
+        The pair, without EOS.
 
     Raises:
-        ValueError: see `span_corruption`; or a mode token without ids, or weights that are not above 0.
+        ValueError: see `span_corruption`; or a mode token without ids.
     """
-    denoiser = mixture[int(rng.choice(len(mixture), p=_probabilities(mixture)))][0]
     if denoiser.kind == "span":
         pair = span_corruption(
             tokens,
@@ -169,7 +190,24 @@ def ul2(
     else:
         num_target = num_noise_tokens(len(tokens), denoiser.noise_density)
         pair = prefix_lm(tokens, len(tokens) - num_target)
-    return Pair(np.concatenate([_mode(denoiser, mode_ids), pair.source]), pair.target), denoiser
+    mode = _mode(denoiser, mode_ids)
+    return Pair(np.concatenate([mode, pair.source]), pair.target) if len(mode) else pair
+
+
+def ul2(
+    tokens: Tokens,
+    mixture: Mixture,
+    sentinel_ids: Sequence[int],
+    rng: np.random.Generator,
+    mode_ids: Mapping[str, Sequence[int]],
+) -> tuple[Pair, Denoiser]:
+    """Draw a denoiser by weight and apply it: `draw_denoiser`, then `denoise`.
+
+    Returns:
+        The pair, without EOS, and the denoiser that made it.
+    """
+    denoiser = mixture[draw_denoiser(mixture, rng)][0]
+    return denoise(tokens, denoiser, sentinel_ids, rng, mode_ids), denoiser
 
 
 def restore_ul2(
