@@ -31,9 +31,10 @@ import twofold
 from twofold.adapt import Choices, adapt_to_folder
 from twofold.config.data import DataConfig, SourceConfig
 from twofold.config.recipe import OptimizerConfig, ScheduleConfig, TrainSettings
-from twofold.data import Convention, Loader, open_corpora
+from twofold.data import Convention, Loader
 from twofold.train import evaluate, fit
 from twofold.train.progress import progress_for
+from twofold.train.run import build_loaders
 from twofold.train.step import LossModule, Precision, batch_loss
 
 SOURCE_LENGTH = TARGET_LENGTH = 256
@@ -253,13 +254,11 @@ class Demo:
             source_length=SOURCE_LENGTH,
             target_length=TARGET_LENGTH,
             rows_per_batch=ROWS_PER_BATCH,
+            cache=str(self.out / "tokens"),
         )
-        train, held_out = open_corpora(config)
-        convention = Convention.of(model.config)
-        return (
-            Loader(train, model.tokenizer, config, convention),
-            Loader(held_out, model.tokenizer, config, convention),
-        )
+        train, held_out = build_loaders(config, model)
+        assert held_out is not None
+        return train, held_out
 
     def held_out_loss(self, model: twofold.EncoderDecoder) -> float:
         """Nats per target token, float32."""

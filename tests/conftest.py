@@ -44,3 +44,9 @@ def text_model(byte_tokenizer: Any) -> Callable[..., EncoderDecoder]:
         return model
 
     return make
+
+
+@pytest.fixture(autouse=True)
+def _own_token_cache(tmp_path_factory: Any, monkeypatch: Any) -> None:
+    """Tests keep their tokens to themselves."""
+    monkeypatch.setenv("TWOFOLD_CACHE", str(tmp_path_factory.mktemp("tokens")))

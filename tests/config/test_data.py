@@ -27,8 +27,52 @@ def test_a_resolved_config_reads_back_without_a_word():
 
 
 def test_unknown_key_is_refused():
-    with pytest.raises(ValueError, match="weight"):
-        SourceConfig(path="a.txt", weight=2)
+    with pytest.raises(ValueError, match="wieght"):
+        SourceConfig(path="a.txt", wieght=2)
+
+
+@pytest.mark.parametrize("field", ["weight", "epochs", "max_documents", "max_tokens"])
+def test_limits_of_a_source_are_above_zero(field):
+    assert getattr(SourceConfig(path="a.txt", **{field: 2}), field) == 2
+    with pytest.raises(ValueError, match=field):
+        SourceConfig(path="a.txt", **{field: 0})
+
+
+def test_all_sources_have_a_weight_or_none_has():
+    data(sources=[{**TEXT, "weight": 1}, {**TEXT, "weight": 0.5}])
+    with pytest.raises(ValueError, match=r"either all sources have a weight or none has, got \[1.0, None\]"):
+        data(sources=[{**TEXT, "weight": 1}, TEXT])
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"held_out": [{**TEXT, "weight": 1}]}, "weight=1.0 has no effect"),
+        ({"held_out_ngram": 13}, "held_out_ngram=13 has no effect: nothing is held out"),
+        (
+            {"held_out": [TEXT], "held_out_ngram_share": 0.2},
+            "held_out_ngram_share=0.2 has no effect: held_out_ngram is not set",
+        ),
+    ],
+)
+def test_settings_of_held_out_data_without_effect(fields, message):
+    with pytest.warns(UserWarning, match=message):
+        data(**fields)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"max_bad_share": 1.1},
+        {"tokenize_workers": 0},
+        {"pad_multiple": 0},
+        {"held_out": [TEXT], "held_out_ngram": 0},
+        {"held_out": [TEXT], "held_out_ngram": 3, "held_out_ngram_share": 0},
+    ],
+)
+def test_ranges(fields):
+    with pytest.raises(ValueError, match=list(fields)[-1]):
+        data(**fields)
 
 
 @pytest.mark.parametrize(

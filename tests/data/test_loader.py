@@ -1,5 +1,7 @@
+import contextlib
 import itertools
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,8 +10,10 @@ from hypothesis import strategies as st
 
 from twofold.config.data import DataConfig
 from twofold.data.convention import Convention, Example
-from twofold.data.examples import ExampleCounts, ExampleMaker, mixture_of, required_sentinels
+from twofold.data.examples import ExampleMaker, mixture_of, required_sentinels
 from twofold.data.loader import Loader
+from twofold.data.split import Corpus
+from twofold.data.stream import Exhausted
 from twofold.objectives.sentinels import find_sentinels
 from twofold.objectives.span_corruption import restore
 
@@ -42,8 +46,21 @@ def sentinels(tokenizer):
     return find_sentinels(tokenizer.get_vocab(), 40)
 
 
-def loader(tokenizer, *args, records=DOCUMENTS, convention=LOSSLESS, **changes):
-    return Loader([records], tokenizer, config(*args, **changes), convention, sentinels(tokenizer))
+def corpus(tokenizer, records, convention=LOSSLESS, **source):
+    made = Corpus.from_records(records, tokenizer, convention)
+    return replace(made, source=made.source.model_copy(update=source))
+
+
+def loader(tokenizer, *args, records=DOCUMENTS, convention=LOSSLESS, num_streams=1, owned=None, **changes):
+    return Loader(
+        [corpus(tokenizer, records, convention)],
+        tokenizer,
+        config(*args, **changes),
+        convention,
+        sentinels(tokenizer),
+        num_streams=num_streams,
+        owned=owned,
+    )
 
 
 def as_lists(batch):
@@ -66,7 +83,6 @@ def test_resuming_gives_the_run_that_never_stopped(tokenizer, objective, packing
     for _ in range(14):
         states.append(json.loads(json.dumps(straight.state_dict())))
         batches.append(as_lists(next(straight)))
-    assert straight.epoch >= 1
     for position, state in enumerate(states):
         resumed = loader(tokenizer, objective, packing=packing)
         resumed.load_state_dict(state)
@@ -74,16 +90,155 @@ def test_resuming_gives_the_run_that_never_stopped(tokenizer, objective, packing
         assert resumed.counts == straight.counts
 
 
+def test_resuming_with_other_owned_streams(tokenizer):
+    """What two ranks have done goes on in four, three or one, in the same batches."""
+    whole = loader(tokenizer, num_streams=4)
+    ranks = [loader(tokenizer, num_streams=4, owned=owned) for owned in ([0, 2], [1, 3])]
+    for _ in range(3):
+        expected = [as_lists(batch) for batch in whole.next_step()]
+        evens, odds = ([as_lists(batch) for batch in rank.next_step()] for rank in ranks)
+        assert [evens[0], odds[0], evens[1], odds[1]] == expected
+    merged = ranks[0].state_dict()
+    merged["streams"].update(ranks[1].state_dict()["streams"])
+    assert merged == whole.state_dict()
+    merged = json.loads(json.dumps(merged))
+    after = [[as_lists(batch) for batch in whole.next_step()] for _ in range(3)]
+    for owned in ([0], [3], [0, 1, 2], [0, 1, 2, 3]):
+        resumed = loader(tokenizer, num_streams=4, owned=owned)
+        resumed.load_state_dict(merged)
+        got = [[as_lists(batch) for batch in resumed.next_step()] for _ in range(3)]
+        assert got == [[step[n] for n in owned] for step in after]
+    with pytest.raises(ValueError, match=r"has streams \[0, 2\], but \[1\] are needed too"):
+        loader(tokenizer, num_streams=4, owned=[0, 1]).load_state_dict(ranks[0].state_dict())
+
+
 def test_state_of_other_data_is_refused(tokenizer):
     state = loader(tokenizer).state_dict()
     with pytest.raises(ValueError, match="has seed 0, this run has 1"):
         loader(tokenizer, seed=1).load_state_dict(state)
-    with pytest.raises(ValueError, match="has num_documents 6, this run has 5"):
-        loader(tokenizer, records=DOCUMENTS[:5]).load_state_dict(state)
+    with pytest.raises(ValueError, match=r"has units \[7\], this run has \[6\]"):
+        loader(tokenizer, records=DOCUMENTS[:5] + DOCUMENTS[:1]).load_state_dict(state)
     with pytest.raises(ValueError, match="has shuffle True, this run has False"):
         loader(tokenizer, shuffle=False).load_state_dict(state)
-    with pytest.raises(ValueError, match="fewer than the 9 examples that were read"):
-        loader(tokenizer).load_state_dict({**state, "offset": 9})
+    with pytest.raises(ValueError, match="has num_streams 1, this run has 2"):
+        loader(tokenizer, num_streams=2).load_state_dict(state)
+
+
+def test_state_is_small(tokenizer):
+    records = [{"text": "word " * 50}] * 400
+    made = loader(tokenizer, records=records)
+    next(made)
+    assert len(json.dumps(made.state_dict())) < 256 * 20 + 1000
+
+
+def letters(tokenizer, made, num_steps):
+    """The first letter of every example, by step and stream; one example per row."""
+    return [
+        [
+            [text_of(tokenizer, batch, row)[0] for row in range(len(batch.input_ids))]
+            for batch in made.next_step()
+        ]
+        for _ in range(num_steps)
+    ]
+
+
+@pytest.mark.parametrize("num_streams", [1, 2, 3, 5, 8, 12])
+@pytest.mark.parametrize("num_documents", [1, 3, 8])
+def test_streams_together_go_through_every_epoch_once(tokenizer, num_streams, num_documents):
+    names = "abcdefgh"[:num_documents]
+    records = [{"text": letter * 4} for letter in names]
+    changes = {"records": records, "packing": False, "rows_per_batch": 1, "num_streams": num_streams}
+    steps = letters(tokenizer, loader(tokenizer, **changes), 3 * num_documents)
+    # Stream s takes positions s, s + A...: read step by step, that is the order of epochs.
+    order = [batch[0] for step in steps for batch in step]
+    epochs = [order[n : n + num_documents] for n in range(0, len(order), num_documents)]
+    assert all(sorted(epoch) == list(names) for epoch in epochs)
+    assert len(epochs) == 3 * num_streams
+    # And the same epochs whatever the number of streams is.
+    single = letters(tokenizer, loader(tokenizer, **{**changes, "num_streams": 1}), len(order))
+    assert [batch[0] for step in single for batch in step] == order
+
+
+def test_streams_that_do_not_exist(tokenizer):
+    for num_streams, owned in ((0, None), (2, [2]), (2, [])):
+        with pytest.raises(ValueError, match="streams are numbered 0 to num_streams - 1"):
+            loader(tokenizer, num_streams=num_streams, owned=owned)
+    with pytest.raises(ValueError, match="2 streams; take next_step"):
+        next(loader(tokenizer, num_streams=2))
+
+
+def mixture(tokenizer, sources, num_streams=1, owned=None, **changes):
+    corpora = [corpus(tokenizer, records, **source) for records, source in sources]
+    return Loader(corpora, tokenizer, config(**changes), LOSSLESS, num_streams=num_streams, owned=owned)
+
+
+def tokens_by_letter(tokenizer, batches):
+    counts = {}
+    for batch in batches:
+        for row in range(len(batch.input_ids)):
+            for segment in range(1, int(batch.decoder_segment_ids[row].max()) + 1):
+                source = batch.input_ids[row][batch.segment_ids[row] == segment].tolist()
+                decoder = batch.decoder_input_ids[row][batch.decoder_segment_ids[row] == segment].tolist()
+                letter = tokenizer.decode([*source, *decoder])[0]
+                counts[letter] = counts.get(letter, 0) + len(source) + len(decoder)
+    return counts
+
+
+def test_shares_of_tokens_are_those_of_the_weights(tokenizer):
+    # Lengths differ, so shares of documents would be far off.
+    sources = [
+        ([{"text": "a" * 30}, {"text": "a" * 4}], {"weight": 1}),
+        ([{"text": "b" * 5}], {"weight": 2}),
+        ([{"text": "c" * 11}] * 7, {"weight": 5}),
+    ]
+    for num_streams in (1, 3):
+        made = mixture(tokenizer, sources, num_streams=num_streams, packing=False, rows_per_batch=1)
+        counts = tokens_by_letter(tokenizer, [batch for _ in range(200) for batch in made.next_step()])
+        total = sum(counts.values())
+        for letter, share in {"a": 1 / 8, "b": 2 / 8, "c": 5 / 8}.items():
+            # At most about one example of a source ahead or behind, in each stream.
+            assert abs(counts[letter] - share * total) <= 2 * 31 * num_streams
+
+
+def test_a_source_that_is_used_up_drops_out(tokenizer):
+    sources = [
+        ([{"text": "a" * 4}] * 3, {"weight": 1, "epochs": 2}),
+        ([{"text": "b" * 4}] * 4, {"weight": 1, "epochs": 0.5}),
+    ]
+    made = mixture(tokenizer, sources, packing=False, rows_per_batch=1)
+    seen = [letters(tokenizer, made, 1)[0][0][0] for _ in range(8)]
+    assert (seen.count("a"), seen.count("b")) == (6, 2)
+    assert seen[:4].count("a") == 2
+    assert seen[4:] == ["a"] * 4
+    with pytest.raises(
+        Exhausted, match="after 8 batches of stream 0; raise epochs of a source, or lower steps"
+    ):
+        next(made)
+
+
+@pytest.mark.parametrize("num_streams", [1, 3])
+def test_epochs_without_weights(tokenizer, num_streams):
+    sources = [([{"text": "a" * 4}] * 3, {"epochs": 1}), ([{"text": "b" * 4}] * 4, {"epochs": 2.5})]
+    seen = []
+    for stream in range(num_streams):
+        made = mixture(tokenizer, sources, num_streams, [stream], packing=False, rows_per_batch=1)
+        with contextlib.suppress(Exhausted):
+            while True:
+                seen.append(letters(tokenizer, made, 1)[0][0][0])
+    assert (seen.count("a"), seen.count("b")) == (3, 10)
+
+
+def test_a_mixture_resumes(tokenizer):
+    sources = [(DOCUMENTS, {"weight": 1, "epochs": 3}), (DOCUMENTS[::-1], {"weight": 3})]
+    straight = mixture(tokenizer, sources, num_streams=2)
+    for _ in range(5):
+        straight.next_step()
+    state = json.loads(json.dumps(straight.state_dict()))
+    resumed = mixture(tokenizer, sources, num_streams=2)
+    resumed.load_state_dict(state)
+    for _ in range(5):
+        expected = [as_lists(batch) for batch in straight.next_step()]
+        assert [as_lists(batch) for batch in resumed.next_step()] == expected
 
 
 def text_of(tokenizer, batch, row):
@@ -128,6 +283,7 @@ def test_denoised_rows_restore_to_the_text(tokenizer, convention, objective, tex
         rows_per_batch=1,
         source_length=120,
         target_length=120,
+        pad_multiple=1,
         seed=seed,
     )
     joined = []
@@ -150,9 +306,18 @@ def maker(tokenizer, *args, convention=LOSSLESS, **changes):
     return ExampleMaker(tokenizer, config(*args, **changes), convention, sentinels(tokenizer))
 
 
-def examples(tokenizer, record, *args, counts=None, **changes):
-    rng = np.random.default_rng(0)
-    return list(maker(tokenizer, *args, **changes).examples(record, rng, counts or ExampleCounts()))
+def examples(tokenizer, record, *args, convention=LOSSLESS, **changes):
+    """All examples of a record in order."""
+    made = maker(tokenizer, *args, convention=convention, **changes)
+    store = corpus(tokenizer, [record], convention).store
+    starts, ends = np.zeros(1, int), np.asarray([store.num_tokens])
+    found = []
+    for unit in range(int(made.units_per_document(store.lengths)[0])):
+        (start,), (end,) = made.unit_spans(starts, ends, np.asarray([unit]))
+        parts = None if store.parts is None else tuple(store.parts[0].tolist())
+        tokens = store.tokens[start:end].astype(np.int64)
+        found += made.examples(tokens, parts, ends=bool(end == ends[0]), seed=(0, unit))
+    return found
 
 
 @pytest.mark.parametrize(
@@ -197,11 +362,13 @@ def test_sentinels_are_counted_before_the_run(tokenizer):
     assert required_sentinels(tokenizer, wanted, LOSSLESS) == 29
     assert required_sentinels(tokenizer, config(), LOSSLESS) == 0
     with pytest.raises(
-        ValueError, match=r"'span_corruption' needs 29 sentinels for chunks of 570 tokens, got 28"
+        ValueError, match=r"'span_corruption' needs 29 sentinels for chunks of up to 570 tokens, got 28"
     ):
-        Loader([DOCUMENTS], tokenizer, wanted, LOSSLESS, sentinels(tokenizer)[:28] * 2)
+        Loader([corpus(tokenizer, DOCUMENTS)], tokenizer, wanted, LOSSLESS, sentinels(tokenizer)[:28] * 2)
     assert (
-        next(Loader([DOCUMENTS], tokenizer, wanted, LOSSLESS, sentinels(tokenizer)[:29])).num_scored_tokens
+        next(
+            Loader([corpus(tokenizer, DOCUMENTS)], tokenizer, wanted, LOSSLESS, sentinels(tokenizer)[:29])
+        ).num_scored_tokens
         > 0
     )
     published = config({"name": "ul2", "preset": "t5gemma2"})
@@ -244,7 +411,8 @@ def test_counts(tokenizer):
     next(made)
     next(made)
     next(made)
-    assert (made.counts.documents, made.counts.examples, made.counts.batches) == (2, 3, 3)
+    assert (made.counts.units, made.counts.examples, made.counts.batches) == (3, 3, 3)
+    assert made.counts.tokens == 3 * (1 + 3)  # ab|cd: b is given to the decoder, which reads b, c and d
     assert made.counts.scored_tokens == 9  # two letters and a stop token each
 
 
@@ -260,18 +428,29 @@ def test_one_pass_is_finite_repeatable_and_leaves_the_run_alone(tokenizer):
     assert scored == 2 + 5 + 9 + 12 + 15 + (15 + 4) + 5
 
 
-def test_packed_rows_have_fixed_shapes(tokenizer):
-    made = loader(tokenizer)
-    for _ in range(5):
-        batch = next(made)
-        assert batch.input_ids.shape == (2, 16)
-        assert batch.labels.shape == (2, 16)
-    assert int(batch.segment_ids.max()) >= 1
+def test_batches_are_trimmed_to_a_multiple(tokenizer):
+    def shapes(**changes):
+        changes = {
+            "source_length": 200,
+            "target_length": 100,
+            "packing": False,
+            "rows_per_batch": 1,
+            **changes,
+        }
+        made = loader(tokenizer, records=[{"text": "a" * 30}, {"text": "a" * 100}], shuffle=False, **changes)
+        batches = [next(made) for _ in range(2)]
+        return [(batch.input_ids.shape[1], batch.labels.shape[1]) for batch in batches]
+
+    # Sources of 14 and 49 tokens, targets of 16 and 51.
+    assert shapes() == [(64, 64), (64, 64)]
+    assert shapes(pad_multiple=16) == [(16, 16), (64, 64)]
+    assert shapes(pad_multiple=1) == [(14, 16), (49, 51)]
+    assert shapes(pad_multiple=200) == [(200, 100), (200, 100)]
 
 
 def test_several_sources_are_one_corpus(tokenizer):
     made = Loader(
-        [[{"text": "aa"}], [], [{"text": "bb"}, {"text": "cc"}]],
+        [corpus(tokenizer, [{"text": "aa"}]), corpus(tokenizer, [{"text": "bb"}, {"text": "cc"}])],
         tokenizer,
         config(packing=False, rows_per_batch=3),
         LOSSLESS,
@@ -282,12 +461,9 @@ def test_several_sources_are_one_corpus(tokenizer):
 
 def test_corpora_without_examples(tokenizer):
     with pytest.raises(ValueError, match="no documents to read"):
-        Loader([[]], tokenizer, config(), LOSSLESS)
-    nothing = loader(tokenizer, records=[{"text": ""}, {"text": "a"}])
+        Loader([], tokenizer, config(), LOSSLESS)
     with pytest.raises(ValueError, match="none of 2 documents gave an example"):
-        next(nothing)
-    with pytest.raises(ValueError, match="none of 2 documents gave an example"):
-        list(nothing.one_pass())
+        loader(tokenizer, records=[{"text": "b"}, {"text": "a"}])
 
 
 def test_rows_too_short(tokenizer):
@@ -301,36 +477,33 @@ PAIR_LENGTHS = {"source_length": 40, "target_length": 25}
 
 
 def test_long_pairs_are_an_error_by_default(tokenizer):
-    made = loader(tokenizer, "supervised", records=[SHORT, LONG], shuffle=False, **PAIR_LENGTHS)
     # "<|im_start|>user\n" is 6 tokens, "<|im_end|>\n" 2, the header "<|im_start|>assistant\n" 11.
-    with pytest.raises(ValueError, match=r"document 1 of source 0: a pair of 48 source and 41 target tokens"):
-        list(made.one_pass())
+    with pytest.raises(ValueError, match=r"document 1 of .*: a pair of 48 source and 41 target tokens"):
+        loader(tokenizer, "supervised", records=[SHORT, LONG], shuffle=False, **PAIR_LENGTHS)
 
 
 def test_long_pairs_can_be_skipped(tokenizer):
-    changes = {"packing": False, "rows_per_batch": 1, "shuffle": False, "max_length_action": "skip"}
-    changes = {**changes, **PAIR_LENGTHS, "records": [LONG, SHORT]}
-    made = loader(tokenizer, "supervised", **changes)
-    next(made)
-    assert (made.counts.skipped, made.counts.examples) == (1, 1)
-    resumed = loader(tokenizer, "supervised", **changes)
-    resumed.load_state_dict(made.state_dict())
-    assert resumed.counts == made.counts
+    changes = {"packing": False, "rows_per_batch": 1, "max_length_action": "skip", **PAIR_LENGTHS}
+    made = loader(tokenizer, "supervised", records=[LONG, SHORT], **changes)
+    assert (made.skipped, made.truncated, made.num_units) == (1, 0, 1)
+    assert "1 documents dropped: longer than a row" in made.report()[0]
+    assert len(list(made.one_pass())) == 1
+    with pytest.raises(ValueError, match=r"none of 0 documents gave an example.* \(1 were\)"):
+        loader(tokenizer, "supervised", records=[LONG], **changes)
 
 
 @pytest.mark.parametrize("convention", [LOSSLESS, PUBLISHED], ids=["lossless", "published"])
 def test_truncation_keeps_the_end_of_the_source_and_the_start_of_the_target(tokenizer, ids, convention):
-    counts = ExampleCounts()
     (example,) = examples(
         tokenizer,
         LONG,
         "supervised",
-        counts=counts,
         convention=convention,
         max_length_action="truncate",
         **PAIR_LENGTHS,
     )
-    assert counts.truncated == 1
+    changes = {"convention": convention, "max_length_action": "truncate", **PAIR_LENGTHS}
+    assert loader(tokenizer, "supervised", records=[LONG, SHORT], **changes).truncated == 1
     header = ids("<|im_start|>assistant\n")
     if convention is LOSSLESS:
         assert example.source.tolist() == ids("p" * 38 + "<|im_end|>\n")
@@ -351,4 +524,29 @@ def test_truncated_source_alone_keeps_the_stop_token(tokenizer):
 
 def test_no_room_behind_the_header(tokenizer):
     with pytest.raises(ValueError, match="does not fit a row of 16 and 10"):
-        examples(tokenizer, SHORT, "supervised", max_length_action="truncate", target_length=10)
+        loader(tokenizer, "supervised", records=[SHORT], max_length_action="truncate", target_length=10)
+
+
+def test_denoisers_of_a_unit_each_fill_a_row(tokenizer):
+    mixed = {
+        "name": "ul2",
+        "denoisers": [
+            ({"kind": "suffix", "noise_density": 0.75}, 1),
+            ({"kind": "span", "noise_density": 0.15, "mean_span_length": 3}, 1),
+        ],
+    }
+    lengths = {"source_length": 64, "target_length": 64}
+    found = examples(tokenizer, {"text": "x" * 2000}, mixed, **lengths)
+    full = [max(len(example.source), example.decoder_length) for example in found]
+    assert sorted(full)[len(full) // 4] >= 62  # a rest is left in each unit of four
+    assert max(full) <= 64
+    assert {example.ends for example in found} == {True, False}
+    assert found[-1].ends
+
+
+def test_single_tokens_left_over_are_dropped(tokenizer):
+    # Chunks of 30: 31 letters leave one, which is no example, so the text does not end in the first.
+    (only,) = examples(tokenizer, {"text": "x" * 31})
+    assert not only.ends
+    _, last = examples(tokenizer, {"text": "x" * 32})
+    assert (len(last.source) + len(last.decoder_prefix) + len(last.target), last.ends) == (3, True)

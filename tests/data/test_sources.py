@@ -4,12 +4,14 @@ import json
 
 import pytest
 
-from twofold.config.data import DataConfig, SourceConfig
-from twofold.data.sources import open_corpora, open_source, split_documents
+from twofold.config.data import SourceConfig
+from twofold.data import sources
+from twofold.data.sources import BadRecord, SourceReader, parse_record
 
 
 def opened(path, **fields):
-    return list(open_source(SourceConfig(path=str(path), **fields)))
+    config = SourceConfig(path=str(path), **fields)
+    return [parse_record(raw, config) for raw in SourceReader(config)]
 
 
 def texts(path, **fields):
@@ -21,7 +23,7 @@ def test_text_documents(tmp_path):
     file.write_text("\ufeffone\ntwo\n\n \nthree\n", encoding="utf-8")
     assert texts(file) == ["one\ntwo\n\n \nthree\n"]
     assert texts(file, document="line") == ["one", "two", "three"]
-    assert texts(file, document="paragraph") == ["one\ntwo", "three\n"]
+    assert texts(file, document="paragraph") == ["one\ntwo", "three"]
 
 
 def test_gzip_and_unknown_suffix_are_read_as_text(tmp_path):
@@ -62,22 +64,46 @@ def test_folders_and_globs(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("content", "fields", "message"),
+    ("content", "fields", "reason", "message"),
     [
-        ('{"text": "a"}\n{oops\n', {}, r"a\.jsonl, line 2: not JSON"),
-        ('[{"text": "a"},\n', {}, "looks like one JSON array"),
-        ("3\n", {}, "line 1: each line must be a JSON object, got int"),
-        ('{"body": "a"}\n', {}, r"line 1: no column 'text'; it has \['body'\]: set text_field"),
-        ('{"text": 3}\n', {}, "column 'text' must be a str, got int"),
-        ('{"m": "x"}\n', {"messages_field": "m"}, "column 'm' must be a list, got str"),
-        ("\n", {}, "has no documents"),
+        (b'{"text": "a"}\n{oops\n', {}, "not JSON", r"a\.jsonl, line 2: not JSON"),
+        (b"3\n", {}, "not an object", "line 1: must be a JSON object, got int"),
+        (b'{"body": "a"}\n', {}, "no column", r"line 1: no column 'text'; it has \['body'\]: set text_field"),
+        (b'{"text": 3}\n', {}, "wrong type", "column 'text' must be a str, got int"),
+        (b'{"text": " "}\n', {}, "empty text", "line 1: empty text"),
+        (b'{"text": "\xff"}\n', {}, "not UTF-8", "line 1: not UTF-8"),
+        (b'{"m": "x"}\n', {"messages_field": "m"}, "wrong type", "column 'm' must be a list"),
+        (b'{"m": [{"role": "user"}]}\n', {"messages_field": "m"}, "wrong type", "with text in both"),
     ],
 )
-def test_bad_jsonl(tmp_path, content, fields, message):
+def test_bad_records(tmp_path, content, fields, reason, message):
     file = tmp_path / "a.jsonl"
-    file.write_text(content)
-    with pytest.raises(ValueError, match=message):
+    file.write_bytes(content)
+    with pytest.raises(BadRecord, match=message) as caught:
         opened(file, **fields)
+    assert caught.value.reason == reason
+
+
+@pytest.mark.parametrize("window", [1, 7, 1 << 20])
+def test_json_arrays(tmp_path, monkeypatch, window):
+    monkeypatch.setattr(sources, "_ARRAY_READ", window)
+    rows = [{"text": "a, ]"}, {"text": "\u00e9\n"}, {"text": "c" * 50}]
+    for name, content in (("a.json", json.dumps(rows, indent=1)), ("b.jsonl", " " + json.dumps(rows))):
+        (tmp_path / name).write_text(content)
+        assert texts(tmp_path / name) == [row["text"] for row in rows]
+    (tmp_path / "c.json.gz").write_bytes(gzip.compress(json.dumps(rows, ensure_ascii=False).encode()))
+    assert texts(tmp_path / "c.json.gz") == [row["text"] for row in rows]
+    (tmp_path / "e.json").write_text("[ ]")
+    assert texts(tmp_path / "e.json") == []
+
+
+@pytest.mark.parametrize(
+    "content", ['[{"text": "a"}, {"text"', '[{"text": "a"} {"text": "b"}]', '[{"text": "a"}']
+)
+def test_broken_json_arrays(tmp_path, content):
+    (tmp_path / "a.json").write_text(content)
+    with pytest.raises(ValueError, match=r"a\.json, item [01]: the JSON array cannot be read on"):
+        opened(tmp_path / "a.json")
 
 
 def test_files_that_are_not_there_or_not_text(tmp_path):
@@ -86,14 +112,28 @@ def test_files_that_are_not_there_or_not_text(tmp_path):
     with pytest.raises(FileNotFoundError, match="has no files of format 'auto'"):
         opened(tmp_path)
     (tmp_path / "a.txt").write_bytes(b"\xff\xfe\xff")
-    with pytest.raises(ValueError, match=r"a\.txt is not UTF-8 text"):
+    with pytest.raises(BadRecord, match=r"a\.txt: not UTF-8 text"):
         opened(tmp_path / "a.txt")
     (tmp_path / "a.gz").write_bytes(b"plain")
-    with pytest.raises(ValueError, match=r"a\.gz is not UTF-8 text"):
+    with pytest.raises(ValueError, match=r"a\.gz is a broken .gz file"):
         opened(tmp_path / "a.gz")
+    (tmp_path / "cut.txt.gz").write_bytes(gzip.compress(b"text" * 99)[:-9])
+    with pytest.raises(ValueError, match=r"cut\.txt\.gz is a broken .gz file"):
+        opened(tmp_path / "cut.txt.gz")
     (tmp_path / "b.txt").write_text("text")
     with pytest.raises(ValueError, match="which has no columns"):
         opened(tmp_path / "b.txt", messages_field="m")
+
+
+def test_share_read(tmp_path):
+    (tmp_path / "a.txt").write_text("x\n" * 40)
+    (tmp_path / "b.txt").write_text("x\n" * 60)
+    reader = SourceReader(SourceConfig(path=str(tmp_path), document="line"))
+    assert reader.share_read == 0
+    shares = [reader.share_read for _ in reader]
+    assert shares == sorted(shares)
+    assert shares[39] == 0.4
+    assert reader.share_read == 1
 
 
 def test_parquet(tmp_path):
@@ -110,11 +150,7 @@ def test_saved_datasets(tmp_path):
     dataset = datasets.Dataset.from_dict({"text": ["a", "b", "c"]})
     dataset.save_to_disk(tmp_path / "one")
     datasets.DatasetDict({"test": dataset}).save_to_disk(tmp_path / "many")
-    records = open_source(SourceConfig(path=str(tmp_path / "one")))
-    assert records[-1] == {"text": "c"}
-    assert records[:2] == [{"text": "a"}, {"text": "b"}]
-    with pytest.raises(IndexError, match="record 3 of 3"):
-        records[3]
+    assert texts(tmp_path / "one") == ["a", "b", "c"]
     assert texts(tmp_path / "many", split="test") == ["a", "b", "c"]
     with pytest.raises(ValueError, match=r"no split 'train'; it has \['test'\]"):
         opened(tmp_path / "many")
@@ -148,34 +184,3 @@ def test_missing_extra_is_named(tmp_path, monkeypatch, module, name):
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(ImportError, match=r'pip install "twofold\[data\]"'):
         opened(tmp_path / name, format="hf" if module == "datasets" else "auto")
-
-
-def test_split_documents():
-    train, held_out = split_documents(10, 0.25, seed=3)
-    assert sorted(train + held_out) == list(range(10))
-    assert len(held_out) == 2
-    assert split_documents(10, 0.25, seed=3) == (train, held_out)
-    assert any(split_documents(10, 0.25, seed=s)[1] != held_out for s in range(5))
-    assert len(split_documents(2, 0.01, 0)[1]) == 1
-    assert len(split_documents(2, 0.99, 0)[0]) == 1
-    with pytest.raises(ValueError, match="share of 1 document"):
-        split_documents(1, 0.5, 0)
-    with pytest.raises(ValueError, match="between 0 and 1, got 0"):
-        split_documents(5, 0, 0)
-
-
-def test_open_corpora(tmp_path):
-    for name in "ab":
-        (tmp_path / f"{name}.txt").write_text("\n".join(f"{name}{i}" for i in range(4)))
-    sources = [{"path": str(tmp_path / f"{name}.txt"), "document": "line"} for name in "ab"]
-    lengths = {"source_length": 4, "target_length": 4, "rows_per_batch": 1}
-
-    train, held_out = open_corpora(DataConfig(sources=sources, held_out_fraction=0.25, **lengths))
-    assert [len(corpus) for corpus in train] == [3, 3]
-    assert [len(corpus) for corpus in held_out] == [1, 1]
-    kept = [record["text"] for corpus in (*train, *held_out) for record in corpus]
-    assert sorted(kept) == [f"{name}{i}" for name in "ab" for i in range(4)]
-
-    train, held_out = open_corpora(DataConfig(sources=sources[:1], held_out=sources[1:], **lengths))
-    assert [record["text"] for record in held_out[0]] == ["b0", "b1", "b2", "b3"]
-    assert open_corpora(DataConfig(sources=sources, **lengths))[1] == []

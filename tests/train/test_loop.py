@@ -49,7 +49,8 @@ def run(output, config, *, callbacks=(), resume=False, dropout=0.0, seed=0):
     """A run with its own model and loaders, as a fresh process would have them."""
     model = tiny_model(seed, dropout=dropout)
     held_out = loader(model, TEXTS[-2:])
-    return model, fit(model, loader(model), held_out, config, output, callbacks, resume=resume)
+    train = loader(model, num_streams=config.accumulate_batches)
+    return model, fit(model, train, held_out, config, output, callbacks, resume=resume)
 
 
 def optimizer_tensors(checkpoint):
@@ -325,7 +326,8 @@ def test_it_runs_outside_the_main_thread(tmp_path):
 
 def test_the_loader_goes_on_in_its_data(tmp_path):
     model = tiny_model()
-    fit(model, loader(model), None, settings(steps=3, accumulate_batches=2), tmp_path / "run")
+    train = loader(model, num_streams=2)
+    fit(model, train, None, settings(steps=3, accumulate_batches=2), tmp_path / "run")
     state = json.loads((tmp_path / "run" / "checkpoints" / "step-000003" / "trainer.json").read_text())
-    assert state["loader"]["counts"]["batches"] == 6
+    assert [stream["counts"]["batches"] for stream in state["loader"]["streams"].values()] == [3, 3]
     assert data_config().rows_per_batch == 2

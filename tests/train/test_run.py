@@ -14,13 +14,12 @@ from tests.train.tiny_run import EOS, recipe, tiny_model
 from twofold.checkpoint.load import load
 from twofold.checkpoint.save import save
 from twofold.config.recipe import load_recipe
-from twofold.data import open_corpora
 from twofold.train import latest_checkpoint, train
 from twofold.train.run import build_loaders, sentinel_ids
 
 
 def loaders(config, model):
-    return build_loaders(config, open_corpora(config), model)
+    return build_loaders(config, model)
 
 
 UL2 = {"objective": {"name": "ul2", "preset": "t5gemma2"}}
@@ -188,7 +187,7 @@ def test_supervised_pairs(tmp_path):
     run = recipe(tmp_path, stage="sft", data=data, steps=2)
     assert train(run).is_finished
     train_loader, held_out = loaders(run.data, tiny_model())
-    assert len(train_loader._corpora[0]) + len(held_out._corpora[0]) == 9
+    assert train_loader.num_documents + held_out.num_documents == 9
     assert EOS in next(train_loader).labels
 
 

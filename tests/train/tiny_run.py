@@ -10,7 +10,7 @@ from tests.models.tiny import pair_config, stack
 from twofold.checkpoint.save import save
 from twofold.config.data import DataConfig
 from twofold.config.recipe import Recipe, TrainSettings
-from twofold.data import Convention, Loader
+from twofold.data import Convention, Corpus, Loader
 from twofold.models import EncoderDecoder
 
 VOCAB = 259
@@ -60,9 +60,12 @@ def data_config(path: str = "unused", **changes: Any) -> DataConfig:
     return DataConfig(**(settings | changes))
 
 
-def loader(model: EncoderDecoder, texts: list[str] = TEXTS, **changes: Any) -> Loader:
-    corpus = [{"text": text} for text in texts]
-    return Loader([corpus], model.tokenizer, data_config(**changes), Convention.of(model.config))
+def loader(
+    model: EncoderDecoder, texts: list[str] = TEXTS, *, num_streams: int = 1, **changes: Any
+) -> Loader:
+    convention = Convention.of(model.config)
+    corpus = Corpus.from_records([{"text": text} for text in texts], model.tokenizer, convention)
+    return Loader([corpus], model.tokenizer, data_config(**changes), convention, num_streams=num_streams)
 
 
 def settings(**changes: Any) -> TrainSettings:

@@ -3,7 +3,7 @@
 import warnings
 from typing import Literal, Self
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from twofold.config.base import Config
 
@@ -23,7 +23,7 @@ class SourceConfig(Config):
     """File, folder, glob, folder of `Dataset.save_to_disk`, or (with format="hf") a name on the hub."""
 
     format: Literal["auto", "text", "jsonl", "parquet", "hf"] = "auto"
-    """`auto` goes by the file name; `.gz` is unpacked."""
+    """`auto` goes by the file name; `.gz` is unpacked. `jsonl` also reads a file that is one JSON array."""
 
     text_field: str = "text"
     """Column of the text, where no other field is set."""
@@ -42,6 +42,18 @@ class SourceConfig(Config):
 
     document: Literal["file", "line", "paragraph"] = "file"
     """What counts as one document in a text file; paragraphs are separated by blank lines."""
+
+    weight: float | None = Field(default=None, gt=0)
+    """Share of the training tokens, relative to the other sources; all sources have one or none has."""
+
+    epochs: float | None = Field(default=None, gt=0)
+    """At most so many passes in training; 0.5 is the first half of the source. None: no limit."""
+
+    max_documents: int | None = Field(default=None, ge=1)
+    """Read only so many documents, from the beginning."""
+
+    max_tokens: int | None = Field(default=None, ge=1)
+    """Read documents from the beginning as long as they have no more tokens than this together."""
 
     @property
     def is_supervised(self) -> bool:
@@ -173,13 +185,29 @@ class DataConfig(Config):
     """Everything between the files and the batches."""
 
     sources: tuple[SourceConfig, ...]
-    """Read as one corpus; every document once per epoch."""
+    """Without weights one corpus, every document once per epoch; with weights a mixture."""
 
     held_out: tuple[SourceConfig, ...] = ()
-    """Sources for evaluation only."""
+    """Sources for evaluation only; their documents are dropped from `sources` where they occur there."""
 
     held_out_fraction: float = 0.0
-    """Share of the documents of `sources` that is kept for evaluation, instead of `held_out`."""
+    """Share of the documents of `sources` that is kept for evaluation, instead of `held_out`. A document's
+    text decides, so copies of one are on the same side."""
+
+    held_out_ngram: int | None = Field(default=None, ge=1)
+    """Drop training documents that share n-grams of so many tokens with held-out ones (13 is common)."""
+
+    held_out_ngram_share: float = Field(default=0.5, gt=0, le=1)
+    """Share of a document's n-grams that must be held out for it to be dropped."""
+
+    cache: str | None = None
+    """Folder of tokenised sources. None: $TWOFOLD_CACHE, or ~/.cache/twofold/tokens."""
+
+    tokenize_workers: int | None = Field(default=None, ge=1)
+    """Processes that tokenise. None: one per core."""
+
+    max_bad_share: float = Field(default=0.05, ge=0, le=1)
+    """Share of a source's records that may be unreadable; they are skipped and reported."""
 
     objective: ObjectiveConfig = ObjectiveConfig()
 
@@ -193,10 +221,14 @@ class DataConfig(Config):
     """Rows of one batch; with packing a row holds several examples."""
 
     packing: bool = True
-    """Put several examples in a row. Off: one example per row, padded to the longest of the batch."""
+    """Put several examples in a row. Off: one example per row."""
+
+    pad_multiple: int = Field(default=64, ge=1)
+    """A batch is as long as its longest row, rounded up to a multiple of this, at most the row's length. That
+    length or more: all batches have one shape."""
 
     shuffle: bool = True
-    """Another order of the documents in each epoch."""
+    """Another order of the examples in each epoch."""
 
     seed: int = 0
     """Of order, splits and noise; 0 or more."""
@@ -222,6 +254,19 @@ class DataConfig(Config):
                 f"held-out documents come from held_out ({len(self.held_out)} sources) or from "
                 f"held_out_fraction ({self.held_out_fraction}), not from both; remove one"
             )
+        if len({source.weight is None for source in self.sources}) > 1:
+            raise ValueError(
+                f"either all sources have a weight or none has, got {[s.weight for s in self.sources]}; give "
+                "the others one too"
+            )
+        for source in self.held_out:
+            _warn_without_effect(source, ("weight", "epochs"), "held-out sources are read once each time")
+        if self.held_out_ngram is not None and not (self.held_out or self.held_out_fraction):
+            warnings.warn(
+                f"held_out_ngram={self.held_out_ngram} has no effect: nothing is held out", stacklevel=2
+            )
+        if self.held_out_ngram is None:
+            _warn_without_effect(self, ("held_out_ngram_share",), "held_out_ngram is not set")
         supervised = self.objective.name == "supervised"
         for source in (*self.sources, *self.held_out):
             if supervised and not source.is_supervised:

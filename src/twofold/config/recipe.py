@@ -210,8 +210,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe.
 
     Args:
-        path: a YAML file. In `path`, `output`, `encoder` and `decoder`, `${NAME}` stands for an environment variable.
-            Relative paths start from the working directory.
+        path: a YAML file. In `path`, `output`, `encoder`, `decoder` and `cache`, `${NAME}` stands for an environment
+            variable. Relative paths start from the working directory.
         overrides: `key=value` with a dotted key (`optimizer.learning_rate=1e-4`, `data.sources.0.path=a.txt`) and a
             YAML value; later ones win.
 
@@ -288,7 +288,7 @@ def _item(at: Any, name: str, override: str) -> Any:
     raise ValueError(f"override {override!r}: there is no key {name!r}; the recipe has {held} there")
 
 
-_PATH_KEYS = ("path", "output", "encoder", "decoder")
+_PATH_KEYS = ("path", "output", "encoder", "decoder", "cache")
 
 
 def _expanded(value: Any, file: Path, key: str) -> Any:

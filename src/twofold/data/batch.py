@@ -70,19 +70,35 @@ def collate(
     Raises:
         ValueError: a row is longer than the given lengths, or nothing is scored.
     """
-    source_rows = [[example.source for example in row] for row in rows]
-    decoder_rows = [[example.decoder_input_ids for example in row] for row in rows]
+    longest_source = max((sum(len(e.source) for e in row) for row in rows), default=0)
+    longest_target = max((sum(e.decoder_length for e in row) for row in rows), default=0)
+    source_shape = (len(rows), _width(longest_source, source_length, "source_length"))
+    target_shape = (len(rows), _width(longest_target, target_length, "target_length"))
+    input_ids, segment_ids = _filled(source_shape, pad_token_id), _filled(source_shape, 0)
+    decoder_input_ids, decoder_segment_ids = _filled(target_shape, pad_token_id), _filled(target_shape, 0)
+    labels = _filled(target_shape, IGNORE_INDEX)
+    for n, row in enumerate(rows):
+        s = t = 0
+        for segment, example in enumerate(row, start=1):
+            source, prefix, target = example.source, example.decoder_prefix, example.target
+            source_end, scored, target_end = (
+                s + len(source),
+                t + len(prefix) - 1,
+                t + len(prefix) - 1 + len(target),
+            )
+            input_ids[n, s:source_end] = source
+            segment_ids[n, s:source_end] = segment
+            decoder_input_ids[n, t : scored + 1] = prefix
+            decoder_input_ids[n, scored + 1 : target_end] = target[:-1]
+            decoder_segment_ids[n, t:target_end] = segment
+            labels[n, scored:target_end] = target
+            s, t = source_end, target_end
     batch = Batch(
-        input_ids=_pad(source_rows, pad_token_id, source_length, "source_length"),
-        segment_ids=_pad(_segments(source_rows), 0, source_length, "source_length"),
-        decoder_input_ids=_pad(decoder_rows, pad_token_id, target_length, "target_length"),
-        decoder_segment_ids=_pad(_segments(decoder_rows), 0, target_length, "target_length"),
-        labels=_pad(
-            [[example.labels for example in row] for row in rows],
-            IGNORE_INDEX,
-            target_length,
-            "target_length",
-        ),
+        input_ids=torch.from_numpy(input_ids),
+        segment_ids=torch.from_numpy(segment_ids),
+        decoder_input_ids=torch.from_numpy(decoder_input_ids),
+        decoder_segment_ids=torch.from_numpy(decoder_segment_ids),
+        labels=torch.from_numpy(labels),
     )
     if batch.num_scored_tokens == 0:
         raise ValueError(
@@ -92,26 +108,14 @@ def collate(
     return batch
 
 
-_Rows = list[list[npt.NDArray[np.int64]]]
-
-
-def _segments(rows: _Rows) -> _Rows:
-    """The number of its example for each token."""
-    return [
-        [np.full(len(ids), number, dtype=np.int64) for number, ids in enumerate(row, start=1)] for row in rows
-    ]
-
-
-def _pad(rows: _Rows, fill: int, length: int | None, name: str) -> Tensor:
-    """Concatenate the parts of each row and pad on the right; int64 [B, length], at least one column."""
-    longest = max((sum(map(len, row)) for row in rows), default=0)
+def _width(longest: int, length: int | None, name: str) -> int:
+    """Columns of a side: as asked for, or the longest row, at least one."""
     if length is not None and longest > length:
         raise ValueError(
             f"a row of {longest} tokens does not fit {name}={length}; raise it, or pack with this length"
         )
-    padded = np.full((len(rows), max(longest, 1) if length is None else length), fill, dtype=np.int64)
-    for number, row in enumerate(rows):
-        if row:
-            ids = np.concatenate(row)
-            padded[number, : len(ids)] = ids
-    return torch.from_numpy(padded)
+    return max(longest, 1) if length is None else length
+
+
+def _filled(shape: tuple[int, int], fill: int) -> npt.NDArray[np.int64]:
+    return np.full(shape, fill, dtype=np.int64)

@@ -1,26 +1,26 @@
-"""Records to examples: the objective of a run, the lengths it allows, and the sentinels it needs."""
+"""Tokens to examples: the objective of a run, the lengths it allows, and the sentinels it needs."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 
 import numpy as np
+import numpy.typing as npt
 
 from twofold.config.data import DataConfig, Denoiser
-from twofold.data.chat import record_to_example
 from twofold.data.convention import Convention, Example, make_example
-from twofold.data.sources import Record
-from twofold.data.tokenize import Tokenizer, chunk_document, encode
+from twofold.data.tokenize import Tokenizer, encode
 from twofold.objectives.pair import Tokens
 from twofold.objectives.prefix_lm import prefix_lm, prefix_lm_raw_length, split_point
-from twofold.objectives.ul2 import PRESETS, Mixture, sentinels_needed, ul2, ul2_raw_length
+from twofold.objectives.ul2 import (
+    PRESETS,
+    Mixture,
+    denoise,
+    draw_denoiser,
+    sentinels_needed,
+    ul2_raw_lengths,
+)
 
-
-@dataclass(slots=True)
-class ExampleCounts:
-    """Supervised pairs that were longer than a row."""
-
-    truncated: int = 0
-    skipped: int = 0
+EXAMPLES_PER_UNIT = 4
+"""Full examples in a unit of a mixture: more leave fewer short rests, fewer shuffle better."""
 
 
 def mixture_of(config: DataConfig) -> Mixture:
@@ -41,8 +41,7 @@ def required_sentinels(tokenizer: Tokenizer, config: DataConfig, convention: Con
     mixture = mixture_of(config)
     if not mixture:
         return 0
-    mode_ids = _mode_ids(tokenizer, mixture)
-    return sentinels_needed(mixture, _raw_length(config, convention, mixture, mode_ids))
+    return sentinels_needed(mixture, _raw_lengths(config, convention, mixture, _mode_ids(tokenizer, mixture)))
 
 
 def _mode_ids(tokenizer: Tokenizer, mixture: Mixture) -> dict[str, list[int]]:
@@ -51,13 +50,13 @@ def _mode_ids(tokenizer: Tokenizer, mixture: Mixture) -> dict[str, list[int]]:
     return {token: encode(tokenizer, token).tolist() for token in tokens if token is not None}
 
 
-def _raw_length(
+def _raw_lengths(
     config: DataConfig,
     convention: Convention,
     mixture: Mixture,
     mode_ids: Mapping[str, Sequence[int]],
-) -> int:
-    """Tokens of a chunk of running text, so that every example fits a row whatever is drawn.
+) -> tuple[int, ...]:
+    """Tokens of running text per example: of each denoiser, or one for PrefixLM. Every example fits a row.
 
     The source gets a BOS where the convention has one, and gives its last token to the decoder where the
     decoder starts from it. The target gets a stop token; the decoder's one given token costs nothing, as the
@@ -67,12 +66,16 @@ def _raw_length(
     source_budget += convention.decoder_start == "last_source_token"
     target_budget = config.target_length - 1
     if mixture:
-        return ul2_raw_length(mixture, source_budget, target_budget, mode_ids)
-    return prefix_lm_raw_length(source_budget, target_budget, config.objective.split)
+        return ul2_raw_lengths(mixture, source_budget, target_budget, mode_ids)
+    return (prefix_lm_raw_length(source_budget, target_budget, config.objective.split),)
 
 
 class ExampleMaker:
-    """Turns records into the examples of a run."""
+    """Turns stored tokens into the examples of a run.
+
+    A *unit* is what is shuffled and has randomness of its own: a supervised pair, a chunk of running text that
+    makes one PrefixLM example, or a longer one that denoisers share, each taking as much as fills a row.
+    """
 
     def __init__(
         self,
@@ -86,77 +89,111 @@ class ExampleMaker:
         Raises:
             ValueError: rows too short for the objective, or too few sentinels (naming how many are needed).
         """
-        self._tokenizer = tokenizer
         self._config = config
         self._convention = convention
         self._sentinel_ids = tuple(dict.fromkeys(sentinel_ids))  # one id can stand for one span only
         self._mixture = mixture_of(config)
         self._mode_ids = _mode_ids(tokenizer, self._mixture)
-        self._raw_length = 0
-        if config.objective.name == "supervised":
+        self.is_supervised = config.objective.name == "supervised"
+        self._is_random = bool(self._mixture) or config.objective.split == "uniform"
+        self._raw_lengths: tuple[int, ...] = ()
+        self._unit_length = 0
+        if self.is_supervised:
             return
-        self._raw_length = _raw_length(config, convention, self._mixture, self._mode_ids)
-        needed = sentinels_needed(self._mixture, self._raw_length)
+        self._raw_lengths = _raw_lengths(config, convention, self._mixture, self._mode_ids)
+        self._unit_length = max(self._raw_lengths) * (EXAMPLES_PER_UNIT if len(self._mixture) > 1 else 1)
+        needed = sentinels_needed(self._mixture, self._raw_lengths) if self._mixture else 0
         if needed > len(self._sentinel_ids):
             raise ValueError(
-                f"objective {config.objective.name!r} needs {needed} sentinels for chunks of "
-                f"{self._raw_length} tokens, got {len(self._sentinel_ids)}; find them with "
+                f"objective {config.objective.name!r} needs {needed} sentinels for chunks of up to "
+                f"{max(self._raw_lengths)} tokens, got {len(self._sentinel_ids)}; find them with "
                 "twofold.objectives.find_sentinels, add them with twofold.adapt.add_sentinels, or lower "
                 "source_length and target_length"
             )
 
-    def examples(self, record: Record, rng: np.random.Generator, counts: ExampleCounts) -> Iterator[Example]:
-        """All examples of one record, in order.
+    def units_per_document(self, lengths: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Units in documents of so many tokens, int64 [N]: whole ones, and a rest of at least 2 tokens.
+
+        A single token that is left over is dropped: a source and a target need one each.
+        """
+        if self.is_supervised:
+            return np.ones(len(lengths), dtype=np.int64)
+        return lengths // self._unit_length + (lengths % self._unit_length >= 2)
+
+    def unit_spans(
+        self, starts: npt.NDArray[np.int64], ends: npt.NDArray[np.int64], numbers: npt.NDArray[np.int64]
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Where units lie in the token file.
 
         Args:
-            record: as the objective wants it: text, or a supervised pair.
-            rng: the only randomness.
-            counts: raised for pairs that were truncated or skipped.
+            starts, ends: int64 [n], of the unit's document.
+            numbers: int64 [n], of the unit in its document.
+        """
+        if self.is_supervised:
+            return starts, ends
+        first = starts + numbers * self._unit_length
+        return first, np.minimum(first + self._unit_length, ends)
+
+    def examples(
+        self, tokens: Tokens, parts: tuple[int, int] | None, *, ends: bool, seed: Sequence[int]
+    ) -> list[Example]:
+        """The examples of one unit, in order.
+
+        Args:
+            tokens: int64 [length], of the unit.
+            parts: of a supervised pair: how many tokens are source, and how many decoder prefix.
+            ends: the document ends with the unit.
+            seed: of the unit; the only randomness.
 
         Raises:
-            ValueError: a supervised pair that does not fit, unless the config says otherwise; see also
-                `make_example` and `span_corruption`.
+            ValueError: see `make_example` and `span_corruption`.
         """
-        if self._config.objective.name == "supervised":
-            example = self._fit(record_to_example(record, self._tokenizer, self._convention), counts)
-            if example is not None:
-                yield example
-            return
-        for chunk in chunk_document(encode(self._tokenizer, record["text"]), self._raw_length):
-            yield self._denoise(chunk.tokens, chunk.ends, rng)
-
-    def _denoise(self, tokens: Tokens, ends: bool, rng: np.random.Generator) -> Example:
+        if parts is not None:
+            source_len, prefix_len = parts
+            prefix_end = source_len + prefix_len
+            return [self._fit(tokens[:source_len], tokens[source_len:prefix_end], tokens[prefix_end:])]
+        if not self._is_random:
+            return [make_example(prefix_lm(tokens, len(tokens) // 2), self._convention, ends)]
+        rng = np.random.default_rng(seed)
         if not self._mixture:
             split = split_point(len(tokens), self._config.objective.split, rng)
-            return make_example(prefix_lm(tokens, split), self._convention, ends)
-        pair, denoiser = ul2(tokens, self._mixture, self._sentinel_ids, rng, self._mode_ids)
-        # A list of spans is complete wherever the chunk was cut, so it always stops (T5 appends EOS to every
-        # target).
-        return make_example(pair, self._convention, ends or denoiser.kind == "span")
+            return [make_example(prefix_lm(tokens, split), self._convention, ends)]
+        return self._denoised(tokens, ends, rng)
 
-    def _fit(self, example: Example, counts: ExampleCounts) -> Example | None:
-        """A supervised example within the row, or None to skip it."""
-        config = self._config
-        source_len, target_len = len(example.source), example.decoder_length
-        if source_len <= config.source_length and target_len <= config.target_length:
-            return example
-        if config.max_length_action == "skip":
-            counts.skipped += 1
-            return None
-        target_room = config.target_length - (len(example.decoder_prefix) - 1)
-        if config.max_length_action == "error" or target_room < 1:
-            raise ValueError(
-                f"a pair of {source_len} source and {target_len} target tokens does not fit a row of "
-                f"{config.source_length} and {config.target_length}; raise source_length or target_length, "
-                "or set max_length_action to 'truncate' or 'skip'"
-            )
-        counts.truncated += 1
-        source = example.source
-        if source_len > config.source_length:
+    def _denoised(self, tokens: Tokens, ends: bool, rng: np.random.Generator) -> list[Example]:
+        made, at = [], 0
+        while len(tokens) - at >= 2:
+            number = draw_denoiser(self._mixture, rng)
+            denoiser, rest = self._mixture[number][0], len(tokens) - at
+            length = min(self._raw_lengths[number], rest)
+            if rest - length == 1 and length > 2:
+                length -= 1  # a single token could not be an example
+            pair = denoise(tokens[at : at + length], denoiser, self._sentinel_ids, rng, self._mode_ids)
+            at += length
+            # A list of spans is complete wherever the chunk was cut, so it always stops (T5 appends EOS to every
+            # target).
+            stops = denoiser.kind == "span" or (ends and at == len(tokens))
+            made.append(make_example(pair, self._convention, stops))
+        return made
+
+    def oversize(
+        self,
+        source_lengths: npt.NDArray[np.int64],
+        prefix_lengths: npt.NDArray[np.int64],
+        lengths: npt.NDArray[np.int64],
+    ) -> npt.NDArray[np.int64]:
+        """Which supervised pairs are longer than a row (0: fits, 1: can be cut, 2: no room for a target); [N]."""
+        room = self._config.target_length - (prefix_lengths - 1)
+        targets = lengths - source_lengths - prefix_lengths
+        is_long = (source_lengths > self._config.source_length) | (targets > room)
+        return np.where(is_long, np.where(room < 1, 2, 1), 0)
+
+    def _fit(self, source: Tokens, prefix: Tokens, target: Tokens) -> Example:
+        """A supervised example, cut to the row: the end of the source and the start of the target stay."""
+        limit = self._config.source_length
+        if len(source) > limit:
             # The end stays: it holds the question and the header of the reply.
             num_bos = int(self._convention.source_bos)
-            source = np.concatenate([source[:num_bos], source[source_len - config.source_length + num_bos :]])
-        fits = target_len <= config.target_length
-        return example._replace(
-            source=source, target=example.target[:target_room], ends=example.ends and fits
-        )
+            source = np.concatenate([source[:num_bos], source[len(source) - limit + num_bos :]])
+        room = self._config.target_length - (len(prefix) - 1)
+        return Example(source, prefix, target[:room], len(target) <= room)

@@ -1,12 +1,11 @@
-"""The loader: documents in, batches out, and a state that continues exactly where it was taken.
+"""The loader: token stores in, batches out, and a state that continues exactly where it was taken.
 
-All randomness of a document comes from (seed, epoch, index of the document), so no document depends on those
-before it.
+All randomness of a unit (a supervised pair, a chunk of running text) comes from (seed, epoch, source, number of the
+unit), so none depends on those before it.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from itertools import accumulate
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
@@ -14,25 +13,12 @@ import numpy as np
 from twofold.config.data import DataConfig
 from twofold.data.batch import Batch, collate
 from twofold.data.convention import Convention, Example
-from twofold.data.examples import ExampleCounts, ExampleMaker
-from twofold.data.packing import Packer
-from twofold.data.sources import Record
+from twofold.data.examples import ExampleMaker
+from twofold.data.split import Corpus
+from twofold.data.stream import Group, LoaderCounts, Piece, Stream, Unit, Units, new_packer
 from twofold.data.tokenize import Tokenizer
 
-
-@dataclass(slots=True)
-class LoaderCounts(ExampleCounts):
-    """What a loader has read and given out so far."""
-
-    documents: int = 0
-    """Documents read to their end."""
-
-    examples: int = 0
-    """Examples made."""
-
-    batches: int = 0
-    scored_tokens: int = 0
-    """Labels of all batches that count in the loss."""
+_BLOCK = 512
 
 
 class Loader(Iterator[Batch]):
@@ -40,173 +26,215 @@ class Loader(Iterator[Batch]):
 
     def __init__(
         self,
-        corpora: Sequence[Sequence[Record]],
+        corpora: Sequence[Corpus],
         tokenizer: Tokenizer,
         config: DataConfig,
         convention: Convention,
         sentinel_ids: Sequence[int] = (),
+        *,
+        num_streams: int = 1,
+        owned: Sequence[int] | None = None,
     ) -> None:
         """Check everything that can be checked before a run.
 
         Args:
-            corpora: the records of each source (`open_corpora`).
-            tokenizer: text to ids; conversations need its chat template.
-            config: objective, lengths, seed.
+            corpora: of the sources (`open_corpora`, or `Corpus.from_records`).
+            tokenizer: of the corpora; writes mode tokens.
+            config: objective, lengths, seed. Its sources are not read here.
             convention: of the model.
             sentinel_ids: in order of use; span corruption and UL2 (`required_sentinels`, `find_sentinels`).
+            num_streams: batches of one step, over all ranks; each comes from a stream of its own.
+            owned: the streams this loader gives. None: all.
 
         Raises:
-            ValueError: no documents, rows too short for the objective, or too few sentinels.
+            ValueError: no documents, none that gives an example, a pair longer than a row, rows too short for the
+                objective, too few sentinels, or streams that do not exist.
         """
-        self._corpora = [corpus for corpus in corpora if len(corpus)]
-        self._ends = list(accumulate(len(corpus) for corpus in self._corpora))
-        if not self._ends:
+        corpora = [corpus for corpus in corpora if len(corpus)]
+        if not corpora:
             raise ValueError("there are no documents to read; give sources that hold some")
         self._config = config
         self._convention = convention
-        self._maker = ExampleMaker(tokenizer, config, convention, sentinel_ids)
-        self._packer = self._new_packer()
-        self.counts = LoaderCounts()
-        self._epoch_examples = 0
-        self._go_to(epoch=0, cursor=0, offset=0)
-
-    @property
-    def epoch(self) -> int:
-        """Epochs finished, which is the number of the current one."""
-        return self._epoch
+        self.num_streams = num_streams
+        """Batches of one step, over all ranks."""
+        self.owned = tuple(range(num_streams)) if owned is None else tuple(sorted(owned))
+        """The streams of this loader."""
+        if num_streams < 1 or not self.owned or not set(self.owned) <= set(range(num_streams)):
+            raise ValueError(
+                f"streams are numbered 0 to num_streams - 1, got num_streams={num_streams} and owned={owned}"
+            )
+        maker = ExampleMaker(tokenizer, config, convention, sentinel_ids)
+        self.truncated = self.skipped = 0
+        """Supervised pairs longer than a row, by what is done with them in each epoch."""
+        if maker.is_supervised:
+            corpora = [self._within_rows(corpus, maker) for corpus in corpora]
+        self._corpora = corpora
+        self._units = [Units(corpus, maker, n, config.seed) for n, corpus in enumerate(corpora)]
+        if not any(map(len, self._units)):
+            raise ValueError(
+                f"none of {sum(map(len, corpora))} documents gave an example: texts need at least 2 tokens, and pairs "
+                f"longer than a row are skipped with max_length_action='skip' ({self.skipped} were)"
+            )
+        self._streams = {n: Stream(n, num_streams, self._groups(), config) for n in self.owned}
 
     @property
     def num_documents(self) -> int:
-        """Documents of one epoch."""
-        return self._ends[-1]
+        """Documents of all sources."""
+        return sum(map(len, self._corpora))
 
-    def __next__(self) -> Batch:
-        num_rows = self._config.rows_per_batch
-        rows: list[list[Example]] = []
-        while len(rows) < num_rows:  # one example finishes one row at most, so none is left over
-            rows.extend(self._packer.add(self._next_example()))
-        batch = self._collate(rows)
-        self.counts.batches += 1
-        self.counts.scored_tokens += batch.num_scored_tokens
-        return batch
+    @property
+    def num_units(self) -> int:
+        """Units of one epoch: supervised pairs, or chunks of running text."""
+        return sum(map(len, self._units))
 
-    def one_pass(self) -> Iterator[Batch]:
-        """Every document once, in order, with the noise of epoch 0: the same batches each time.
+    @property
+    def counts(self) -> LoaderCounts:
+        """What this loader's streams have given out so far, together."""
+        total = LoaderCounts()
+        for stream in self._streams.values():
+            for counted in fields(LoaderCounts):
+                value = getattr(total, counted.name) + getattr(stream.counts, counted.name)
+                setattr(total, counted.name, value)
+        return total
 
-        Leaves the endless iteration as it is; the last batch may have fewer rows.
+    def report(self) -> list[str]:
+        """A line for each source: what is in it, and what was skipped, dropped or cut."""
+        lines = []
+        for corpus, units in zip(self._corpora, self._units, strict=True):
+            text = f"{corpus.source.path}: {len(corpus):,} documents, {len(units):,} units an epoch"
+            if corpus.store.counts.bad:
+                text += f"; {corpus.store.counts.summary()}"
+            for reason, count in corpus.dropped.items():
+                text += f"; {count:,} documents dropped: {reason}"
+            lines.append(text)
+        if self.truncated:
+            lines.append(f"{self.truncated:,} pairs are longer than a row and are cut")
+        return lines
+
+    def next_step(self) -> list[Batch]:
+        """One batch of each owned stream, in their order.
 
         Raises:
-            ValueError: no document gives an example.
+            Exhausted: the sources' `epochs` are used up; says after how many batches.
         """
-        packer, num_rows = self._new_packer(), self._config.rows_per_batch
+        num_rows = self._config.rows_per_batch
+        return [self._collate(stream.next_rows(num_rows)) for stream in self._streams.values()]
+
+    def __next__(self) -> Batch:
+        """The next batch of a loader with one stream."""
+        if len(self._streams) != 1:
+            raise ValueError(f"this loader has {len(self._streams)} streams; take next_step()")
+        return self.next_step()[0]
+
+    def one_pass(self) -> Iterator[Batch]:
+        """Every unit once, in order, with the noise of epoch 0: the same batches each time.
+
+        Leaves the endless iteration as it is; the last batch may have fewer rows.
+        """
         rows: list[list[Example]] = []
-        found = False
-        for document in range(self.num_documents):
-            for example in self._examples(0, document, ExampleCounts()):
-                rows.extend(packer.add(example))
-                found = True
-                if len(rows) == num_rows:
-                    yield self._collate(rows)
-                    rows = []
-        if not found:
-            raise self._no_examples()
-        rows.extend(packer.flush())
-        for start in range(0, len(rows), num_rows):
-            yield self._collate(rows[start : start + num_rows])
+        for row in self._rows_in_order():
+            rows.append([piece.example for piece in row])
+            if len(rows) == self._config.rows_per_batch:
+                yield self._collate(rows)
+                rows = []
+        if rows:
+            yield self._collate(rows)
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the loader stands, JSON-able."""
+        """Where the owned streams stand, JSON-able. `streams` of all ranks, put together, is the whole."""
         return {
-            "seed": self._config.seed,
-            "shuffle": self._config.shuffle,
-            "num_documents": self.num_documents,
-            "epoch": self._epoch,
-            "cursor": self._cursor,
-            "offset": self._offset,
-            "epoch_examples": self._epoch_examples,
-            "packer": self._packer.state_dict(),
-            "counts": asdict(self.counts),
+            **self._identity(),
+            "streams": {str(n): stream.state_dict() for n, stream in self._streams.items()},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state_dict`: the next batches are those of the run that never stopped.
 
+        Args:
+            state: with all streams that this loader owns; others are ignored.
+
         Raises:
-            ValueError: the state belongs to another seed, order or number of documents, or to other texts.
+            ValueError: the state belongs to another seed, order, number of streams or other data, or lacks a stream.
         """
-        for name in ("seed", "shuffle", "num_documents"):
-            value = self.num_documents if name == "num_documents" else getattr(self._config, name)
-            if state[name] != value:
+        for name, value in self._identity().items():
+            if state.get(name) != value:
                 raise ValueError(
-                    f"the saved state of the loader has {name} {state[name]}, this run has {value}; resume "
-                    "with the data it was saved with, or start without its state"
+                    f"the saved state of the loader has {name} {state.get(name)}, this run has {value}; resume with "
+                    "the data it was saved with, or start without its state"
                 )
-        self._packer.load_state_dict(state["packer"])
-        self._go_to(epoch=state["epoch"], cursor=state["cursor"], offset=state["offset"])
-        self._epoch_examples = state["epoch_examples"]
-        # Last: making the examples of the open document again has counted them again.
-        for name, count in state["counts"].items():
-            setattr(self.counts, name, count)
+        if missing := [n for n in self.owned if str(n) not in state["streams"]]:
+            raise ValueError(
+                f"the saved state of the loader has streams {sorted(map(int, state['streams']))}, but {missing} are "
+                "needed too; put the states of all ranks together"
+            )
+        for n, stream in self._streams.items():
+            stream.load_state_dict(state["streams"][str(n)], self._config)
 
-    def _go_to(self, *, epoch: int, cursor: int, offset: int) -> None:
-        """Open the document at `cursor` of an epoch's order and pass over `offset` of its examples."""
-        self._epoch, self._cursor, self._offset = epoch, cursor, offset
-        if self._config.shuffle:
-            # num_documents keeps this stream apart from those of the documents, whose indices lie below it.
-            rng = np.random.default_rng([self._config.seed, epoch, self.num_documents])
-            self._order = rng.permutation(self.num_documents)
-        else:
-            self._order = np.arange(self.num_documents)
-        self._current = self._examples(epoch, int(self._order[cursor]), self.counts)
-        for _ in range(offset):
-            if next(self._current, None) is None:
-                raise ValueError(
-                    f"document {self._order[cursor]} has fewer than the {offset} examples that were read of "
-                    "it; resume with the sources, objective and lengths the state was saved with"
-                )
+    def _identity(self) -> dict[str, Any]:
+        return {
+            "seed": self._config.seed,
+            "shuffle": self._config.shuffle,
+            "num_streams": self.num_streams,
+            "units": [len(units) for units in self._units],
+        }
 
-    def _next_example(self) -> Example:
-        while (example := next(self._current, None)) is None:
-            self._finish_document()
-        self._offset += 1
-        self._epoch_examples += 1
-        self.counts.examples += 1
-        return example
+    def _groups(self) -> list[Group]:
+        """All sources together, or each on its own where they have weights; empty ones have nothing to give."""
+        used = [n for n, units in enumerate(self._units) if len(units)]
+        if self._corpora[used[0]].source.weight is None:
+            return [Group([self._units[n] for n in used], used, self._config)]
+        return [Group([self._units[n]], [n], self._config) for n in used]
 
-    def _finish_document(self) -> None:
-        self.counts.documents += 1
-        if self._cursor + 1 < self.num_documents:
-            self._cursor, self._offset = self._cursor + 1, 0
-            self._current = self._examples(self._epoch, int(self._order[self._cursor]), self.counts)
-            return
-        if self._epoch_examples == 0:
-            raise self._no_examples()
-        self._epoch_examples = 0
-        self._go_to(epoch=self._epoch + 1, cursor=0, offset=0)
+    def _within_rows(self, corpus: Corpus, maker: ExampleMaker) -> Corpus:
+        """A supervised corpus without pairs that are to be skipped, after a check of the others."""
+        store, documents = corpus.store, corpus.indices()
+        assert store.parts is not None
+        sources, prefixes = store.parts[documents].astype(np.int64).T
+        lengths = store.offsets[documents + 1] - store.offsets[documents]
+        oversize = maker.oversize(sources, prefixes, lengths)
+        action = self._config.max_length_action
+        if action == "skip":
+            self.skipped += int((oversize > 0).sum())
+            return corpus.only(oversize == 0, "longer than a row (max_length_action='skip')")
+        wrong = np.flatnonzero(oversize > (0 if action == "error" else 1))
+        if len(wrong):
+            first = wrong[0]
+            raise ValueError(
+                f"document {documents[first]} of {corpus.source.path}: a pair of {sources[first]} source and "
+                f"{lengths[first] - sources[first] - 1} target tokens does not fit a row of "
+                f"{self._config.source_length} and {self._config.target_length} (nor do {len(wrong) - 1} others); "
+                "raise source_length or target_length, or set max_length_action to 'truncate' or 'skip'"
+            )
+        self.truncated += int((oversize > 0).sum())
+        return corpus
 
-    def _examples(self, epoch: int, document: int, counts: ExampleCounts) -> Iterator[Example]:
-        number = next(n for n, end in enumerate(self._ends) if document < end)
-        corpus = self._corpora[number]
-        index = document - (self._ends[number] - len(corpus))
-        rng = np.random.default_rng([self._config.seed, epoch, document])
-        try:
-            yield from self._maker.examples(corpus[index], rng, counts)
-        except ValueError as error:
-            raise ValueError(f"document {index} of source {number}: {error}") from error
+    def _rows_in_order(self) -> Iterator[list[Piece]]:
+        packer = new_packer(self._config)
+        for piece in self._in_order():
+            packer.add(piece, len(piece.example.source), piece.example.decoder_length)
+            if not packer.wants_more:
+                yield packer.next_row()
+        while packer.waiting:
+            yield packer.next_row()
 
-    def _no_examples(self) -> ValueError:
-        return ValueError(
-            f"none of {self.num_documents} documents gave an example: texts need at least 2 tokens, and "
-            "pairs longer than a row are skipped with max_length_action='skip'"
-        )
-
-    def _new_packer(self) -> Packer:
-        config = self._config
-        return Packer(config.source_length, config.target_length, packing=config.packing)
+    def _in_order(self) -> Iterator[Piece]:
+        for source, units in enumerate(self._units):
+            for first in range(0, len(units), _BLOCK):
+                numbers = np.arange(first, min(first + _BLOCK, len(units)))
+                for number, place in zip(numbers.tolist(), units.locate(numbers), strict=True):
+                    yield from units.pieces(Unit(source, 0, number), place)
 
     def _collate(self, rows: list[list[Example]]) -> Batch:
-        # Packed rows are nearly full, and one shape for all batches spares recompilation.
-        lengths = (
-            (self._config.source_length, self._config.target_length) if self._config.packing else (None, None)
+        multiple = self._config.pad_multiple
+
+        def width(longest: int, limit: int) -> int:
+            return min(limit, -(-longest // multiple) * multiple)
+
+        source = max(sum(len(example.source) for example in row) for row in rows)
+        target = max(sum(example.decoder_length for example in row) for row in rows)
+        return collate(
+            rows,
+            self._convention.pad_token_id,
+            max(1, width(source, self._config.source_length)),
+            width(target, self._config.target_length),
         )
-        return collate(rows, self._convention.pad_token_id, *lengths)

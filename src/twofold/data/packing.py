@@ -1,92 +1,77 @@
 """Packing: several examples in one row, both sides within their budgets."""
 
-from collections.abc import Mapping
-from typing import Any
+from typing import Generic, TypeVar
 
 import numpy as np
 
-from twofold.data.convention import Example
-from twofold.objectives.pair import Tokens
+Item = TypeVar("Item")
 
-MAX_OPEN_ROWS = 16
-"""Rows that wait for short examples; more of them fill better and keep more text in memory."""
+LOOKAHEAD = 256
+"""Examples that wait to be packed; more of them fill better, and are more to make again on resuming."""
 
 
-class Packer:
-    """Streaming first-fit packing, deterministic in the order of the examples.
+class Packer(Generic[Item]):
+    """Fills rows out of a window of waiting examples, deterministic in their order.
 
-    An example goes to the oldest open row that has room for it on both sides. A row is finished when its
-    target (or source) is full, or when too many are open and it is the oldest.
+    A row starts with the example that has waited longest, so none waits for ever. Then it takes, of those that
+    fit, the one that points most in the direction of the room that is left (the dot product heuristic of
+    Panigrahy et al. 2011, "Heuristics for vector bin packing"), until nothing fits.
     """
 
-    def __init__(self, source_length: int, target_length: int, *, packing: bool = True) -> None:
+    def __init__(
+        self, source_length: int, target_length: int, *, packing: bool = True, lookahead: int = LOOKAHEAD
+    ) -> None:
         """Budgets of one row in tokens; without packing each example is a row of its own."""
         self.source_length = source_length
         self.target_length = target_length
-        self.packing = packing
-        self._open: list[list[Example]] = []
+        self._is_packing = packing
+        self._lookahead = lookahead if packing else 1
+        self.waiting: list[Item] = []
+        """Examples that were added and are in no row yet, in the order they came."""
+        self._sizes: list[tuple[int, int]] = []
 
-    def add(self, example: Example) -> list[list[Example]]:
-        """Place an example.
+    @property
+    def wants_more(self) -> bool:
+        """Whether the window is not full yet."""
+        return len(self.waiting) < self._lookahead
 
-        Returns:
-            Rows that are finished now: none or one.
+    def add(self, item: Item, source_length: int, target_length: int) -> None:
+        """Let an example wait.
 
         Raises:
-            ValueError: the example is longer than a row.
+            ValueError: it is longer than a row.
         """
-        if len(example.source) > self.source_length or example.decoder_length > self.target_length:
+        if source_length > self.source_length or target_length > self.target_length:
             raise ValueError(
-                f"an example of {len(example.source)} source and {example.decoder_length} target tokens does "
-                f"not fit a row of {self.source_length} and {self.target_length}; raise source_length or "
-                "target_length"
+                f"an example of {source_length} source and {target_length} target tokens does not fit a row of "
+                f"{self.source_length} and {self.target_length}; raise source_length or target_length"
             )
-        if not self.packing:
-            return [[example]]
-        row = next((row for row in self._open if self._has_room(row, example)), None)
-        if row is None:
-            row = []
-            self._open.append(row)
-        row.append(example)
-        if self._is_full(row):
-            self._open = [other for other in self._open if other is not row]
-            return [row]
-        return [self._open.pop(0)] if len(self._open) > MAX_OPEN_ROWS else []
+        self.waiting.append(item)
+        self._sizes.append((source_length, target_length))
 
-    def flush(self) -> list[list[Example]]:
-        """Finish all open rows, oldest first."""
-        rows, self._open = self._open, []
-        return rows
-
-    def _room(self, row: list[Example]) -> tuple[int, int]:
-        return (
-            self.source_length - sum(len(example.source) for example in row),
-            self.target_length - sum(example.decoder_length for example in row),
-        )
-
-    def _has_room(self, row: list[Example], example: Example) -> bool:
-        source_room, target_room = self._room(row)
-        return len(example.source) <= source_room and example.decoder_length <= target_room
-
-    def _is_full(self, row: list[Example]) -> bool:
-        return min(self._room(row)) == 0
-
-    def state_dict(self) -> dict[str, Any]:
-        """The open rows, JSON-able."""
-        return {
-            "open": [
-                [[e.source.tolist(), e.decoder_prefix.tolist(), e.target.tolist(), e.ends] for e in row]
-                for row in self._open
-            ]
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from `state_dict`."""
-        self._open = [
-            [Example(_ids(source), _ids(prefix), _ids(target), ends) for source, prefix, target, ends in row]
-            for row in state["open"]
-        ]
-
-
-def _ids(values: list[int]) -> Tokens:
-    return np.asarray(values, dtype=np.int64)
+    def next_row(self) -> list[Item]:
+        """Fill a row; at least one example must be waiting."""
+        if not self._is_packing:
+            self._sizes.pop(0)
+            return [self.waiting.pop(0)]
+        budget = np.asarray([self.source_length, self.target_length], dtype=np.float64)
+        sizes = np.asarray(self._sizes) / budget
+        # How much each side is in demand: the tighter one counts more.
+        weights = sizes.mean(axis=0)
+        scaled = sizes * weights
+        room = np.ones(2)
+        taken = np.zeros(len(sizes), dtype=np.bool_)
+        order, pick = [], 0
+        while True:
+            order.append(pick)
+            taken[pick] = True
+            room = room - sizes[pick]
+            fits = np.flatnonzero(~taken & (sizes <= room + 1e-9).all(axis=1))
+            if len(fits) == 0:
+                break
+            pick = int(fits[np.argmax(scaled[fits] @ room)])
+        row = [self.waiting[number] for number in order]
+        left = np.flatnonzero(~taken)
+        self.waiting = [self.waiting[number] for number in left]
+        self._sizes = [self._sizes[number] for number in left]
+        return row

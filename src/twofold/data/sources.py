@@ -1,16 +1,19 @@
-"""Documents from files and datasets, behind one interface: a sequence of records."""
+"""Records from files and datasets, one after another, so that no corpus has to fit into memory.
+
+A reader gives raw records, cheaply and in a fixed order; `parse_record` reads one. The second part can fail for a
+record of its own and is done by the processes that tokenise.
+"""
 
 import glob
 import gzip
+import io
 import json
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TextIO, TypeAlias, cast, overload
+from typing import IO, Any, Literal, NamedTuple, TypeAlias, cast
 
-import numpy as np
-
-from twofold.config.data import DataConfig, SourceConfig
+from twofold.config.data import SourceConfig
 
 Record: TypeAlias = dict[str, Any]
 """{"text": str}, {"prompt": str, "completion": str} or {"messages": [{"role": str, "content": str}, ...]}."""
@@ -25,88 +28,300 @@ _FORMATS = {
     ".json": "jsonl",
     ".parquet": "parquet",
 }
+_BOM = b"\xef\xbb\xbf"
+_ARRAY_READ = 1 << 20
+_LONGEST_ARRAY_ITEM = 1 << 28
 
 
-class Mapped(Sequence[Record]):
-    """A sequence of records read through a function, one at a time, so that large datasets stay on disk."""
+class RawRecord(NamedTuple):
+    """A record as it was found."""
 
-    def __init__(self, length: int, get: Callable[[int], Record]) -> None:
-        """`get` is called with indices from 0 to `length - 1`."""
-        self._length = length
-        self._get = get
+    where: str
+    """For messages: file and line, row or number."""
 
-    def __len__(self) -> int:
-        return self._length
-
-    @overload
-    def __getitem__(self, index: int) -> Record: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Record]: ...
-    def __getitem__(self, index: int | slice) -> Record | list[Record]:
-        if isinstance(index, slice):
-            return [self._get(i) for i in range(*index.indices(self._length))]
-        if not -self._length <= index < self._length:
-            raise IndexError(f"record {index} of {self._length}")
-        return self._get(index % self._length)
+    kind: Literal["text", "json", "row"]
+    content: bytes | Mapping[str, Any]
+    """A text document or a line of JSON as bytes, or a row."""
 
 
-def open_source(config: SourceConfig) -> Sequence[Record]:
-    """The documents of one source, in a fixed order (files by name).
+class BadRecord(ValueError):
+    """A record that cannot be used; `reason` is one of few, for counting."""
 
-    Text and jsonl are read into memory; `datasets` stay memory-mapped.
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(detail)
+        self.reason = reason
+
+
+class SourceReader:
+    """The raw records of one source, in a fixed order: files by name, then as they stand there."""
+
+    def __init__(self, config: SourceConfig) -> None:
+        """Find the files or the dataset; nothing is read yet.
+
+        Raises:
+            FileNotFoundError: nothing at `path`.
+            ValueError: no such split, or a dataset without the columns that are asked for.
+            ImportError: `parquet` and `hf` need the extra `data`.
+        """
+        self._config = config
+        path = Path(config.path)
+        self._dataset: Any = None
+        self._files: list[Path] = []
+        if config.format == "hf" or (config.format == "auto" and _is_saved_dataset(path)):
+            self._dataset = _open_dataset(config, path)
+        else:
+            self._files = _find_files(config)
+        self._sizes = [file.stat().st_size for file in self._files]
+        self._done = 0
+        self._open: IO[bytes] | None = None
+
+    def identity(self) -> list[Any]:
+        """What changes when the data does, JSON-able: names, sizes and times of files, or a fingerprint."""
+        if self._dataset is not None:
+            return [self._config.path, self._config.split, self._dataset._fingerprint, len(self._dataset)]
+        return [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in self._files]
+
+    @property
+    def share_read(self) -> float:
+        """How much of the source has been read, 0 to 1, in bytes of the files or rows of the dataset."""
+        total = len(self._dataset) if self._dataset is not None else sum(self._sizes)
+        at = 0 if self._open is None or self._open.closed else self._open.tell()
+        return min(1.0, (self._done + at) / max(total, 1))
+
+    def __iter__(self) -> Iterator[RawRecord]:
+        """All records.
+
+        Raises:
+            ValueError: a broken .gz file, a JSON array that cannot be read on, or a file without the columns.
+        """
+        self._done = 0
+        if self._dataset is not None:
+            for number, row in enumerate(self._dataset):
+                self._done = number + 1
+                yield RawRecord(f"{self._config.path}, row {number}", "row", row)
+            return
+        for file, size in zip(self._files, self._sizes, strict=True):
+            kind = self._kind(file)
+            if kind == "text" and self._config.is_supervised:
+                raise ValueError(
+                    f"{file} is read as text, which has no columns; use jsonl or parquet, or set format"
+                )
+            if kind == "parquet":
+                yield from _read_parquet(file, self._config)
+            else:
+                yield from self._read_bytes(file, kind)
+            self._done += size
+
+    def _kind(self, file: Path) -> str:
+        return (_format_of(file) or "text") if self._config.format == "auto" else self._config.format
+
+    def _read_bytes(self, file: Path, kind: str) -> Iterator[RawRecord]:
+        try:
+            with open(file, "rb") as raw:
+                self._open = raw
+                # BufferedReader and GzipFile both peek and iterate over lines.
+                handle = cast(io.BufferedReader, gzip.GzipFile(fileobj=raw) if file.suffix == ".gz" else raw)
+                if handle.peek(3)[:3] == _BOM:
+                    handle.read(3)
+                if kind == "text":
+                    yield from _read_text(handle, file, self._config.document)
+                elif handle.peek(64).lstrip()[:1] == b"[":
+                    yield from _read_array(handle, file)
+                else:
+                    yield from _read_lines(handle, file)
+        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+            raise ValueError(f"{file} is a broken .gz file: {error}; write it anew") from error
+        finally:
+            self._open = None
+
+
+def parse_record(raw: RawRecord, config: SourceConfig) -> Record:
+    """Read a record: the configured columns under the names of `Record`.
 
     Raises:
-        FileNotFoundError: nothing at `path`.
-        ValueError: a file that is not what its format says, a missing column, or no document at all.
-        ImportError: `parquet` and `hf` need the extra `data`.
+        BadRecord: says where and why.
     """
-    path = Path(config.path)
-    if config.format == "hf" or (config.format == "auto" and _is_saved_dataset(path)):
-        records: Sequence[Record] = _open_dataset(config, path)
-    else:
-        records = [record for file in _files(config) for record in _read_file(file, config)]
-    if len(records) == 0:
-        raise ValueError(f"source {config.path!r} has no documents; give a path with text in it")
-    return records
+    if not isinstance(raw.content, bytes):
+        return _record(raw.content, config, raw.where)
+    try:
+        text = raw.content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise BadRecord("not UTF-8", f"{raw.where}: not UTF-8 text ({error})") from error
+    if raw.kind == "text":
+        if not text.strip():
+            raise BadRecord("empty text", f"{raw.where}: empty text")
+        return {"text": text.replace("\r\n", "\n").replace("\r", "\n")}
+    try:
+        row = json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise BadRecord("not JSON", f"{raw.where}: not JSON ({error})") from error
+    return _record(row, config, raw.where)
 
 
-def open_corpora(config: DataConfig) -> tuple[list[Sequence[Record]], list[Sequence[Record]]]:
-    """All sources of a run: those to train on, and those held out (none if the config asks for none).
+def _record(row: Any, config: SourceConfig, where: str) -> Record:
+    if not isinstance(row, Mapping):
+        raise BadRecord("not an object", f"{where}: must be a JSON object, got {type(row).__name__}")
+    columns = _columns(config)
+    if missing := _missing(list(row), columns):
+        raise BadRecord("no column", f"{where}: {_no_columns(missing, list(row))}")
+    values = [row[name] for name in columns]
+    if config.messages_field is not None:
+        _check_messages(values[0], columns[0], where)
+        return {"messages": values[0]}
+    for name, value in zip(columns, values, strict=True):
+        if not isinstance(value, str):
+            raise BadRecord(
+                "wrong type", f"{where}: column {name!r} must be a str, got {type(value).__name__}"
+            )
+    if not any(value.strip() for value in values):
+        raise BadRecord("empty text", f"{where}: empty text")
+    if config.is_supervised:
+        return {"prompt": values[0], "completion": values[1]}
+    return {"text": values[0]}
 
-    `held_out_fraction` takes its share of documents from each source.
-    """
-    train = [open_source(source) for source in config.sources]
-    if not config.held_out_fraction:
-        return train, [open_source(source) for source in config.held_out]
-    parts = [
-        (corpus, split_documents(len(corpus), config.held_out_fraction, config.seed)) for corpus in train
-    ]
+
+def _check_messages(messages: Any, name: str, where: str) -> None:
+    is_conversation = isinstance(messages, list) and all(
+        isinstance(turn, Mapping)
+        and isinstance(turn.get("role"), str)
+        and isinstance(turn.get("content"), str)
+        for turn in messages
+    )
+    if not is_conversation:
+        raise BadRecord(
+            "wrong type",
+            f"{where}: column {name!r} must be a list of {{role, content}} with text in both, got "
+            f"{str(messages)[:80]!r}",
+        )
+
+
+def _columns(config: SourceConfig) -> list[str]:
+    if config.messages_field is not None:
+        return [config.messages_field]
+    if config.prompt_field is not None and config.completion_field is not None:
+        return [config.prompt_field, config.completion_field]
+    return [config.text_field]
+
+
+def _missing(names: Sequence[str], columns: Sequence[str]) -> list[str]:
+    return [name for name in columns if name not in names]
+
+
+def _no_columns(missing: Sequence[str], names: Sequence[str]) -> str:
     return (
-        [_subset(corpus, kept) for corpus, (kept, _) in parts],
-        [_subset(corpus, held_out) for corpus, (_, held_out) in parts],
+        f"no column {', '.join(map(repr, missing))}; it has {sorted(names)}: set text_field, prompt_field and "
+        "completion_field, or messages_field"
     )
 
 
-def _subset(corpus: Sequence[Record], indices: list[int]) -> Sequence[Record]:
-    return Mapped(len(indices), lambda i: corpus[indices[i]])
+def _check_columns(names: Sequence[str], config: SourceConfig, where: str) -> None:
+    if missing := _missing(names, _columns(config)):
+        raise ValueError(f"{where}: {_no_columns(missing, names)}")
 
 
-def split_documents(num_documents: int, fraction: float, seed: int) -> tuple[list[int], list[int]]:
-    """Split document indices into (train, held out), both ascending, each with at least one.
+def _read_text(
+    handle: io.BufferedReader, file: Path, document: Literal["file", "line", "paragraph"]
+) -> Iterator[RawRecord]:
+    if document == "file":
+        yield RawRecord(str(file), "text", handle.read())
+        return
+    lines: list[bytes] = []
+    start = 1
+    for number, line in enumerate(handle, start=1):
+        if line.strip() and document == "line":
+            yield RawRecord(f"{file}, line {number}", "text", line.rstrip(b"\r\n"))
+        elif line.strip():
+            if not lines:
+                start = number
+            lines.append(line)
+        elif lines:
+            yield RawRecord(f"{file}, line {start}", "text", b"".join(lines).rstrip(b"\r\n"))
+            lines = []
+    if lines:
+        yield RawRecord(f"{file}, line {start}", "text", b"".join(lines).rstrip(b"\r\n"))
 
-    Raises:
-        ValueError: fewer than 2 documents, or a fraction outside (0, 1).
-    """
-    if num_documents < 2:
-        raise ValueError(
-            f"cannot hold out a share of {num_documents} document(s): at least 2 are needed; give held_out "
-            "sources, or cut the text into more documents (document='paragraph' or 'line')"
-        )
-    if not 0 < fraction < 1:
-        raise ValueError(f"fraction must lie between 0 and 1, got {fraction}")
-    num_held_out = min(max(round(num_documents * fraction), 1), num_documents - 1)
-    order = np.random.default_rng(seed).permutation(num_documents)
-    return sorted(order[num_held_out:].tolist()), sorted(order[:num_held_out].tolist())
+
+def _read_lines(handle: io.BufferedReader, file: Path) -> Iterator[RawRecord]:
+    for number, line in enumerate(handle, start=1):
+        if line.strip():
+            yield RawRecord(f"{file}, line {number}", "json", line)
+
+
+def _read_array(handle: io.BufferedReader, file: Path) -> Iterator[RawRecord]:
+    """The items of a file that is one JSON array; a window moves over it, so the file may be of any size."""
+    text = io.TextIOWrapper(handle, encoding="utf-8")
+    decoder = json.JSONDecoder()
+    try:
+        window = ""
+        while not window:
+            window = text.read(_ARRAY_READ).lstrip()
+        window = window[1:]  # the bracket
+        number, is_first = 0, True
+        while True:
+            window = window.lstrip()
+            try:
+                if not window:
+                    raise ValueError("the array does not end")
+                if window[0] == "]":
+                    return
+                start = 0
+                if not is_first:
+                    if window[0] != ",":
+                        raise ValueError(f"expected ',' or ']', found {window[0]!r}")
+                    start = len(window) - len(window[1:].lstrip())
+                item, end = decoder.raw_decode(window, start)
+                if end == len(window):
+                    raise ValueError("the array does not end")  # a number or word could go on
+            except ValueError as error:  # JSONDecodeError is one
+                more = text.read(max(_ARRAY_READ, len(window))) if len(window) < _LONGEST_ARRAY_ITEM else ""
+                if not more:
+                    raise ValueError(
+                        f"{file}, item {number}: the JSON array cannot be read on ({error}); repair the file, or "
+                        "write one object per line"
+                    ) from error
+                window += more
+                continue
+            yield RawRecord(f"{file}, item {number}", "row", item)
+            number, is_first, window = number + 1, False, window[end:]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not UTF-8 text: {error}") from error
+    finally:
+        text.detach()
+
+
+def _read_parquet(file: Path, config: SourceConfig) -> Iterator[RawRecord]:
+    try:
+        import pyarrow.parquet
+    except ImportError as error:
+        raise ImportError('reading parquet needs pyarrow: pip install "twofold[data]"') from error
+    table = pyarrow.parquet.ParquetFile(file)
+    _check_columns(table.schema_arrow.names, config, str(file))
+    number = 0
+    for group in table.iter_batches(columns=_columns(config)):
+        for row in group.to_pylist():
+            yield RawRecord(f"{file}, row {number}", "row", row)
+            number += 1
+
+
+def _is_saved_dataset(path: Path) -> bool:
+    return (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
+
+
+def _open_dataset(config: SourceConfig, path: Path) -> Any:
+    try:
+        import datasets
+    except ImportError as error:
+        raise ImportError('format "hf" needs the datasets package: pip install "twofold[data]"') from error
+    if _is_saved_dataset(path):
+        dataset = datasets.load_from_disk(str(path))
+        if isinstance(dataset, datasets.DatasetDict):
+            if config.split not in dataset:
+                raise ValueError(f"{config.path!r} has no split {config.split!r}; it has {sorted(dataset)}")
+            dataset = dataset[config.split]
+    else:
+        dataset = datasets.load_dataset(config.path, split=config.split)
+    _check_columns(dataset.column_names, config, config.path)
+    return dataset.select_columns(_columns(config))
 
 
 def _format_of(file: Path) -> str | None:
@@ -114,7 +329,7 @@ def _format_of(file: Path) -> str | None:
     return _FORMATS.get(name.suffix.lower())
 
 
-def _files(config: SourceConfig) -> list[Path]:
+def _find_files(config: SourceConfig) -> list[Path]:
     path = Path(config.path)
     if path.is_file():
         return [path]
@@ -138,121 +353,3 @@ def _files(config: SourceConfig) -> list[Path]:
             "of the hub"
         )
     return files
-
-
-def _read_file(file: Path, config: SourceConfig) -> Iterator[Record]:
-    """All records of one file."""
-    kind = (_format_of(file) or "text") if config.format == "auto" else config.format
-    if kind == "text" and config.is_supervised:
-        raise ValueError(f"{file} is read as text, which has no columns; use jsonl or parquet, or set format")
-    if kind == "parquet":
-        yield from _read_parquet(file, config)
-        return
-    try:
-        with _open_text(file) as handle:
-            yield from _read_text(handle, config) if kind == "text" else _read_jsonl(handle, file, config)
-    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError) as error:
-        raise ValueError(f"{file} is not UTF-8 text (or a broken .gz file): {error}") from error
-
-
-def _open_text(file: Path) -> TextIO:
-    if file.suffix == ".gz":
-        return cast(TextIO, gzip.open(file, "rt", encoding="utf-8-sig"))
-    return open(file, encoding="utf-8-sig")
-
-
-def _read_text(handle: TextIO, config: SourceConfig) -> Iterator[Record]:
-    text = handle.read()
-    if config.document == "line":
-        parts = text.split("\n")
-    elif config.document == "paragraph":
-        parts = re.split(r"\n\s*\n", text)
-    else:
-        parts = [text]
-    for part in parts:
-        if part.strip():
-            yield {"text": part}
-
-
-def _read_jsonl(handle: TextIO, file: Path, config: SourceConfig) -> Iterator[Record]:
-    for number, line in enumerate(handle, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            hint = "; the file looks like one JSON array, write one object per line" if line[0] == "[" else ""
-            raise ValueError(f"{file}, line {number}: not JSON ({error}){hint}") from error
-        if not isinstance(row, dict):
-            raise ValueError(
-                f"{file}, line {number}: each line must be a JSON object, got {type(row).__name__}"
-            )
-        yield _record(row, config, f"{file}, line {number}")
-
-
-def _read_parquet(file: Path, config: SourceConfig) -> Iterator[Record]:
-    try:
-        import pyarrow.parquet
-    except ImportError as error:
-        raise ImportError('reading parquet needs pyarrow: pip install "twofold[data]"') from error
-    table = pyarrow.parquet.ParquetFile(file)
-    _check_columns(table.schema_arrow.names, config, str(file))
-    number = 0
-    for group in table.iter_batches(columns=_columns(config)):
-        for row in group.to_pylist():
-            yield _record(row, config, f"{file}, row {number}")
-            number += 1
-
-
-def _is_saved_dataset(path: Path) -> bool:
-    return (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
-
-
-def _open_dataset(config: SourceConfig, path: Path) -> Sequence[Record]:
-    try:
-        import datasets
-    except ImportError as error:
-        raise ImportError('format "hf" needs the datasets package: pip install "twofold[data]"') from error
-    if _is_saved_dataset(path):
-        dataset = datasets.load_from_disk(str(path))
-        if isinstance(dataset, datasets.DatasetDict):
-            if config.split not in dataset:
-                raise ValueError(f"{config.path!r} has no split {config.split!r}; it has {sorted(dataset)}")
-            dataset = dataset[config.split]
-    else:
-        dataset = datasets.load_dataset(config.path, split=config.split)
-    _check_columns(dataset.column_names, config, config.path)
-    return Mapped(len(dataset), lambda i: _record(dataset[i], config, f"{config.path}, row {i}"))
-
-
-def _columns(config: SourceConfig) -> list[str]:
-    if config.messages_field is not None:
-        return [config.messages_field]
-    if config.prompt_field is not None and config.completion_field is not None:
-        return [config.prompt_field, config.completion_field]
-    return [config.text_field]
-
-
-def _check_columns(names: Sequence[str], config: SourceConfig, where: str) -> None:
-    if missing := [name for name in _columns(config) if name not in names]:
-        raise ValueError(
-            f"{where}: no column {', '.join(map(repr, missing))}; it has {sorted(names)}: set text_field, "
-            "prompt_field and completion_field, or messages_field"
-        )
-
-
-def _record(row: Mapping[str, Any], config: SourceConfig, where: str) -> Record:
-    """The configured columns of a row under the names of `Record`, checked."""
-    columns = _columns(config)
-    _check_columns(list(row), config, where)
-    wanted: type = list if config.messages_field is not None else str
-    for name in columns:
-        if not isinstance(row[name], wanted):
-            raise ValueError(
-                f"{where}: column {name!r} must be a {wanted.__name__}, got {type(row[name]).__name__}"
-            )
-    if config.messages_field is not None:
-        return {"messages": row[columns[0]]}
-    if config.is_supervised:
-        return {"prompt": row[columns[0]], "completion": row[columns[1]]}
-    return {"text": row[columns[0]]}

@@ -50,7 +50,12 @@ FREE_TO_CHANGE = frozenset(
 class TrainLoader(Protocol):
     """Batches without end, with a state; `twofold.data.Loader` is one."""
 
-    def __next__(self) -> Batch: ...
+    num_streams: int
+    """Batches of one step, over all ranks."""
+
+    def next_step(self) -> list[Batch]:
+        """The batches of the next step that are this process's own."""
+        ...
 
     def state_dict(self) -> dict[str, Any]:
         """JSON-able."""
@@ -180,6 +185,11 @@ class Trainer:
         state: TrainerState,
         callbacks: Sequence[Callback],
     ) -> None:
+        if train_loader.num_streams != settings.accumulate_batches:
+            raise ValueError(
+                f"the loader gives {train_loader.num_streams} batches a step, accumulate_batches is "
+                f"{settings.accumulate_batches}; make the loader with num_streams=accumulate_batches"
+            )
         self.device = device_of(settings)
         self.model = model.to(self.device)
         checkpoint_activations(model, settings.activation_checkpointing)
@@ -236,7 +246,7 @@ class Trainer:
         is_warmup = step <= settings.cross_attention_warmup_steps
         set_phase(self.parameters, self._cross_attention if is_warmup else self._everything)
         self.module.train()
-        batches = [next(self._train_loader) for _ in range(settings.accumulate_batches)]
+        batches = self._train_loader.next_step()
         factor = learning_rate_factor(step, settings.schedule, settings.steps)
         result = train_step(
             self.module,

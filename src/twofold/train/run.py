@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -15,13 +15,19 @@ from twofold.checkpoint.load import load
 from twofold.config import EncoderDecoderConfig
 from twofold.config.data import DataConfig
 from twofold.config.recipe import ModelConfig, Recipe
-from twofold.data import Convention, Loader, Record, open_corpora, required_sentinels
+from twofold.data import (
+    BuildProgress,
+    Convention,
+    Loader,
+    Prefetcher,
+    SourceReader,
+    open_corpora,
+    required_sentinels,
+)
 from twofold.models import EncoderDecoder
 from twofold.objectives import find_sentinels
 from twofold.train.callbacks import Callback, RunStart, TrainResult
 from twofold.train.loop import device_of, find_start, fit, new_state
-
-Corpus = Sequence[Record]
 
 
 def train(recipe: Recipe, *, resume: bool = False, callbacks: Sequence[Callback] = ()) -> TrainResult:
@@ -43,11 +49,13 @@ def train(recipe: Recipe, *, resume: bool = False, callbacks: Sequence[Callback]
     checkpoint = find_start(output, resume=resume)
     new_state(recipe, checkpoint)
     device_of(recipe)
-    corpora = open_corpora(recipe.data)
+    for source in (*recipe.data.sources, *recipe.data.held_out):
+        SourceReader(source)  # finds missing files before the model is loaded
     model = build_model(recipe.model, checkpoint)
-    train_loader, held_out_loader = build_loaders(recipe.data, corpora, model)
+    train_loader, held_out_loader = build_loaders(recipe.data, model, num_streams=recipe.accumulate_batches)
     watchers = [RunFiles(recipe, model), *callbacks]
-    return fit(model, train_loader, held_out_loader, recipe, output, watchers, resume=resume)
+    with Prefetcher(train_loader) as prefetched:
+        return fit(model, prefetched, held_out_loader, recipe, output, watchers, resume=resume)
 
 
 def build_model(config: ModelConfig, checkpoint: Path | None = None) -> EncoderDecoder:
@@ -61,20 +69,29 @@ def build_model(config: ModelConfig, checkpoint: Path | None = None) -> EncoderD
 
 
 def build_loaders(
-    config: DataConfig, corpora: tuple[list[Corpus], list[Corpus]], model: EncoderDecoder
+    config: DataConfig,
+    model: EncoderDecoder,
+    *,
+    num_streams: int = 1,
+    owned: Sequence[int] | None = None,
+    progress: Callable[[BuildProgress], None] | None = None,
 ) -> tuple[Loader, Loader | None]:
     """The training loader, and that of the held-out documents where there are any.
 
-    Adds sentinels to the model's vocabulary and tokenizer where the objective needs more than there are.
+    Tokenises what is not in the cache yet; other processes that ask for the same wait for it. Adds sentinels to the
+    model's vocabulary and tokenizer where the objective needs more than there are.
 
     Args:
-        config: objective and lengths.
-        corpora: `open_corpora(config)`.
+        config: sources, objective and lengths.
         model: with its tokenizer.
+        num_streams: batches of one training step, over all ranks.
+        owned: the streams of this rank. None: all.
+        progress: of tokenising.
 
     Raises:
-        ValueError: no tokenizer, rows longer than the model's positions, no example in the data, or token ids
-            outside the vocabulary.
+        FileNotFoundError: no data.
+        ValueError: no tokenizer, rows longer than the model's positions, bad records, no example in the data, or token
+            ids outside the vocabulary.
     """
     if model.tokenizer is None:
         raise ValueError(
@@ -83,10 +100,14 @@ def build_loaders(
     check_lengths(config, model.config)
     convention = Convention.of(model.config)
     sentinels = sentinel_ids(model, required_sentinels(model.tokenizer, config, convention))
-    loaders = [Loader(part, model.tokenizer, config, convention, sentinels) for part in corpora if part]
+    train, held_out = open_corpora(config, model.tokenizer, convention, progress=progress)
+    settings = (model.tokenizer, config, convention, sentinels)
+    loaders = [Loader(train, *settings, num_streams=num_streams, owned=owned)]
+    if held_out:
+        loaders.append(Loader(held_out, *settings))
     for loader in loaders:
         _check_first_batch(loader, model.config.decoder.vocab_size)
-    return loaders[0], loaders[1] if corpora[1] else None
+    return loaders[0], loaders[1] if held_out else None
 
 
 def check_lengths(data: DataConfig, model: EncoderDecoderConfig) -> None:
@@ -121,7 +142,7 @@ def sentinel_ids(model: EncoderDecoder, count: int) -> list[int]:
 
 
 def _check_first_batch(loader: Loader, vocab_size: int) -> None:
-    batch = next(iter(loader.one_pass()))  # raises where no document gives an example
+    batch = next(loader.one_pass())
     highest = max(int(batch.input_ids.max()), int(batch.decoder_input_ids.max()), int(batch.labels.max()))
     if highest >= vocab_size:
         raise ValueError(
