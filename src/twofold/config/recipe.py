@@ -7,13 +7,14 @@ import re
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeVar
 
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from twofold.config.base import Config
 from twofold.config.data import DataConfig
+from twofold.config.distillation import DistillationConfig
 from twofold.config.model import EncoderMask
 
 
@@ -179,6 +180,9 @@ class Recipe(TrainSettings):
     model: ModelConfig
     data: DataConfig
 
+    distillation: DistillationConfig | None = None
+    """Who teaches. null: the data alone."""
+
     output: str
     """Folder of the run; must not exist yet, unless the run is resumed."""
 
@@ -210,8 +214,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe.
 
     Args:
-        path: a YAML file. In `path`, `output`, `encoder`, `decoder` and `cache`, `${NAME}` stands for an environment
-            variable. Relative paths start from the working directory.
+        path: a YAML file. In `path`, `output`, `encoder`, `decoder`, `cache`, `teacher` and `targets`, `${NAME}` stands
+            for an environment variable. Relative paths start from the working directory.
         overrides: `key=value` with a dotted key (`optimizer.learning_rate=1e-4`, `data.sources.0.path=a.txt`) and a
             YAML value; later ones win.
 
@@ -219,6 +223,32 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         FileNotFoundError: no such file.
         ValueError: not YAML, a key twice, an unknown or missing key, a wrong value, a variable that is not set; names
             the file and the key.
+    """
+    return read_recipe(Recipe, path, overrides)
+
+
+Kind = TypeVar("Kind", bound=Config)
+
+
+def read_recipe(kind: type[Kind], path: str | Path, overrides: Sequence[str] = ()) -> Kind:
+    """`load_recipe` for another kind of run."""
+    content = read_content(path, overrides)
+    try:
+        return kind.model_validate(content)
+    except ValidationError as error:
+        problems = [
+            f"{'.'.join(map(str, e['loc'])) or 'recipe'}: {e['msg'].removeprefix('Value error, ')}"
+            + ("" if e["type"] in ("missing", "value_error") else f", got {e['input']!r}")
+            for e in error.errors()
+        ]
+        raise ValueError(f"{path}: " + "; ".join(problems)) from error
+
+
+def read_content(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """What a recipe's file says, with overrides and environment variables put in; not checked yet.
+
+    Raises:
+        FileNotFoundError, ValueError: see `load_recipe`.
     """
     path = Path(path)
     if not path.is_file():
@@ -231,15 +261,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise ValueError(f"{path} must hold keys and values, got {type(content).__name__}")
     for override in overrides:
         _apply(content, override)
-    try:
-        return Recipe.model_validate(_expanded(content, path, ""))
-    except ValidationError as error:
-        problems = [
-            f"{'.'.join(map(str, e['loc'])) or 'recipe'}: {e['msg'].removeprefix('Value error, ')}"
-            + ("" if e["type"] in ("missing", "value_error") else f", got {e['input']!r}")
-            for e in error.errors()
-        ]
-        raise ValueError(f"{path}: " + "; ".join(problems)) from error
+    expanded: dict[str, Any] = _expanded(content, path, "")
+    return expanded
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -288,7 +311,7 @@ def _item(at: Any, name: str, override: str) -> Any:
     raise ValueError(f"override {override!r}: there is no key {name!r}; the recipe has {held} there")
 
 
-_PATH_KEYS = ("path", "output", "encoder", "decoder", "cache")
+_PATH_KEYS = ("path", "output", "encoder", "decoder", "cache", "teacher", "targets")
 
 
 def _expanded(value: Any, file: Path, key: str) -> Any:

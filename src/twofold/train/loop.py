@@ -28,7 +28,7 @@ from twofold.train.evaluate import Evaluation, evaluate
 from twofold.train.optimizer import cross_attention_names, new_optimizer, set_phase, trainable_parameters
 from twofold.train.schedule import learning_rate_factor
 from twofold.train.signals import StopRequest, stop_on_signals
-from twofold.train.step import LossModule, train_step
+from twofold.train.step import LossModule, TeacherOf, train_step
 from twofold.train.trackers import LossPlot, MetricsFile, TensorBoardScalars
 
 FREE_TO_CHANGE = frozenset(
@@ -83,6 +83,8 @@ def fit(
     callbacks: Sequence[Callback] = (),
     *,
     resume: bool = False,
+    teacher: TeacherOf | None = None,
+    teacher_share: float = 1.0,
 ) -> TrainResult:
     """Train a model that is in memory.
 
@@ -99,6 +101,8 @@ def fit(
         callbacks: watchers.
         resume: go on from the newest checkpoint in `output`, as the run that never stopped: bit for bit on
             the CPU. Where `output` does not exist, the run begins.
+        teacher: see `LossModule`.
+        teacher_share: see `chunked_loss`.
 
     Raises:
         FileExistsError: there is something in `output` already.
@@ -110,7 +114,9 @@ def fit(
     output = Path(output)
     checkpoint = find_start(output, resume=resume)
     state = new_state(settings, checkpoint)
-    trainer = Trainer(model, train_loader, held_out_loader, settings, output, state, callbacks)
+    trainer = Trainer(
+        model, train_loader, held_out_loader, settings, output, state, callbacks, teacher, teacher_share
+    )
     devices = [torch.cuda.current_device()] if trainer.device.type == "cuda" else []
     with torch.random.fork_rng(devices), ExitStack() as cleanup:
         cleanup.callback(model.eval)
@@ -184,6 +190,8 @@ class Trainer:
         output: Path,
         state: TrainerState,
         callbacks: Sequence[Callback],
+        teacher: TeacherOf | None,
+        teacher_share: float,
     ) -> None:
         if train_loader.num_streams != settings.accumulate_batches:
             raise ValueError(
@@ -195,7 +203,7 @@ class Trainer:
         checkpoint_activations(model, settings.activation_checkpointing)
         if settings.compile_blocks:
             compile_blocks(model)
-        self.module = LossModule(self.model, settings.precision)
+        self.module = LossModule(self.model, settings.precision, teacher=teacher, teacher_share=teacher_share)
         self.parameters = trainable_parameters(model)
         self._everything = set(self.parameters)
         self._cross_attention: set[str] = set()

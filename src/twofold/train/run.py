@@ -18,16 +18,20 @@ from twofold.config.recipe import ModelConfig, Recipe
 from twofold.data import (
     BuildProgress,
     Convention,
+    Corpus,
     Loader,
     Prefetcher,
     SourceReader,
+    longest_text,
     open_corpora,
     required_sentinels,
 )
+from twofold.data.teaching import Teaching
 from twofold.models import EncoderDecoder
 from twofold.objectives import find_sentinels
 from twofold.train.callbacks import Callback, RunStart, TrainResult
 from twofold.train.loop import device_of, find_start, fit, new_state
+from twofold.train.teacher import Distillation, open_distillation
 
 
 def train(recipe: Recipe, *, resume: bool = False, callbacks: Sequence[Callback] = ()) -> TrainResult:
@@ -52,10 +56,46 @@ def train(recipe: Recipe, *, resume: bool = False, callbacks: Sequence[Callback]
     for source in (*recipe.data.sources, *recipe.data.held_out):
         SourceReader(source)  # finds missing files before the model is loaded
     model = build_model(recipe.model, checkpoint)
-    train_loader, held_out_loader = build_loaders(recipe.data, model, num_streams=recipe.accumulate_batches)
+    distillation = build_distillation(recipe, model)
+    train_loader, held_out_loader = build_loaders(
+        recipe.data,
+        model,
+        num_streams=recipe.accumulate_batches,
+        teaching=None if distillation is None else distillation.teaching,
+    )
+    if distillation is not None:
+        distillation.check(model)
     watchers = [RunFiles(recipe, model), *callbacks]
     with Prefetcher(train_loader) as prefetched:
-        return fit(model, prefetched, held_out_loader, recipe, output, watchers, resume=resume)
+        return fit(
+            model,
+            prefetched,
+            held_out_loader,
+            recipe,
+            output,
+            watchers,
+            resume=resume,
+            teacher=None if distillation is None else distillation.teacher,
+            teacher_share=1.0 if distillation is None else distillation.share,
+        )
+
+
+def build_distillation(recipe: Recipe, student: EncoderDecoder) -> Distillation | None:
+    """The teacher of a run, checked and loaded; None where it has none.
+
+    Raises:
+        FileNotFoundError, ValueError: see `open_distillation`.
+    """
+    if recipe.distillation is None:
+        return None
+    return open_distillation(
+        recipe.distillation,
+        student,
+        pad_multiple=recipe.data.pad_multiple,
+        max_raw_length=longest_text(student.tokenizer, recipe.data, Convention.of(student.config)),
+        precision=recipe.precision,
+        device=device_of(recipe),
+    )
 
 
 def build_model(config: ModelConfig, checkpoint: Path | None = None) -> EncoderDecoder:
@@ -75,6 +115,7 @@ def build_loaders(
     num_streams: int = 1,
     owned: Sequence[int] | None = None,
     progress: Callable[[BuildProgress], None] | None = None,
+    teaching: Callable[[Sequence[Corpus]], Teaching | None] | None = None,
 ) -> tuple[Loader, Loader | None]:
     """The training loader, and that of the held-out documents where there are any.
 
@@ -87,6 +128,7 @@ def build_loaders(
         num_streams: batches of one training step, over all ranks.
         owned: the streams of this rank. None: all.
         progress: of tokenising.
+        teaching: what a teacher adds to training batches, given the training corpora.
 
     Raises:
         FileNotFoundError: no data.
@@ -102,7 +144,8 @@ def build_loaders(
     sentinels = sentinel_ids(model, required_sentinels(model.tokenizer, config, convention))
     train, held_out = open_corpora(config, model.tokenizer, convention, progress=progress)
     settings = (model.tokenizer, config, convention, sentinels)
-    loaders = [Loader(train, *settings, num_streams=num_streams, owned=owned)]
+    taught = None if teaching is None else teaching(train)
+    loaders = [Loader(train, *settings, num_streams=num_streams, owned=owned, teaching=taught)]
     if held_out:
         loaders.append(Loader(held_out, *settings))
     for loader in loaders:
