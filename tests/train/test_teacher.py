@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from tests.train.tiny_run import BOS, EOS, TEXTS, VOCAB, data_config, recipe, tiny_model
-from tests.train.tiny_teacher import next_token_distributions, save_donor
+from tests.train.tiny_run import BOS, EOS, TEXTS, VOCAB, data_config, recipe
+from tests.train.tiny_teacher import next_token_distributions, save_donor, student
 from twofold.checkpoint.save import save
 from twofold.config.distillation import DistillationConfig
 from twofold.data import Convention, Corpus, Loader
@@ -93,7 +93,7 @@ def naive_loss(model, donor, adds_bos, examples, share=1.0):
 @pytest.mark.parametrize("meeting", ["bos", "last_source_token"])
 def test_the_loss_is_that_of_transformers_reading_each_text_alone(donor, objective, meeting):
     folder, reference, adds_bos = donor
-    model = tiny_model(decoder_start=meeting)
+    model = student(decoder_start=meeting)
     distillation = distil(model, folder)
     one = loader(model, objective, teaching=distillation.teaching, rows_per_batch=3)
     module = LossModule(model, teacher=distillation.teacher).train()
@@ -109,7 +109,7 @@ def test_the_loss_is_that_of_transformers_reading_each_text_alone(donor, objecti
 
 def test_a_share_mixes_teacher_and_label(donor):
     folder, reference, adds_bos = donor
-    model = tiny_model()
+    model = student()
     distillation = distil(model, folder, share=0.3)
     one = loader(model, OBJECTIVES[0], teaching=distillation.teaching)
     module = LossModule(model, teacher=distillation.teacher, teacher_share=distillation.share).train()
@@ -122,7 +122,7 @@ def test_a_share_mixes_teacher_and_label(donor):
 @pytest.mark.parametrize("objective", OBJECTIVES[2:4], ids=lambda o: o["name"])
 def test_sentinels_and_stop_tokens_are_one_hot(donor, objective):
     folder, _, _ = donor
-    model = tiny_model()
+    model = student()
     distillation = distil(model, folder)
     one = loader(model, objective, teaching=distillation.teaching)
     seen = 0
@@ -138,7 +138,7 @@ def test_sentinels_and_stop_tokens_are_one_hot(donor, objective):
 
 def test_packing_changes_nothing(donor):
     folder, _, _ = donor
-    model = tiny_model()
+    model = student()
     distillation = distil(model, folder)
     losses = []
     for packing in (True, False):
@@ -151,7 +151,7 @@ def test_packing_changes_nothing(donor):
 
 def test_a_cut_pair_is_read_as_it_was_cut(donor):
     folder, reference, adds_bos = donor
-    model = tiny_model()
+    model = student()
     distillation = distil(model, folder)
     one = loader(
         model,
@@ -171,14 +171,14 @@ def test_a_cut_pair_is_read_as_it_was_cut(donor):
 
 def test_a_teacher_is_no_part_of_the_student(donor):
     folder, _, _ = donor
-    model = tiny_model()
+    model = student()
     module = LossModule(model, teacher=distil(model, folder).teacher)
     assert {id(p) for p in module.parameters()} == {id(p) for p in model.parameters()}
     assert [name for name, _ in module.named_modules() if "teacher" in name] == []
 
 
 def test_an_encoder_decoder_teacher_reads_the_same_batch(tmp_path):
-    teacher, model = tiny_model(seed=1), tiny_model()
+    teacher, model = student(seed=1), student()
     save(teacher, tmp_path / "teacher")
     distillation = distil(model, tmp_path / "teacher")
     one = loader(model, OBJECTIVES[0], teaching=distillation.teaching)
@@ -197,7 +197,7 @@ def test_an_encoder_decoder_teacher_reads_the_same_batch(tmp_path):
 
 def test_refused_teachers(tmp_path):
     save_donor(tmp_path / "donor")
-    model = tiny_model()
+    model = student()
     with pytest.raises(ValueError, match=r"kind is 'decoder', got kind='encoder_decoder'"):
         open_distillation(
             DistillationConfig(teacher=str(tmp_path / "donor"), kind="encoder_decoder"),
@@ -209,20 +209,20 @@ def test_refused_teachers(tmp_path):
         )
     with pytest.raises(ValueError, match=r"reads 256 tokens.*texts of up to 257"):
         distil(model, tmp_path / "donor", max_raw_length=257)
-    save(tiny_model(decoder_start="last_source_token"), tmp_path / "pair")
+    save(student(decoder_start="last_source_token"), tmp_path / "pair")
     with pytest.raises(ValueError, match=r"decoder_start is last_source_token and bos.*cannot read"):
         distil(model, tmp_path / "pair")
-    save(tiny_model(), tmp_path / "small")
+    save(student(), tmp_path / "small")
     distillation = distil(model, tmp_path / "small")
     sentinel_ids(model, 5)
     with pytest.raises(ValueError, match=r"has 264 entries .* the teacher's 259"):
         distillation.check(model)
-    other = tiny_model()
+    other = student()
     other.tokenizer.add_special_tokens({"additional_special_tokens": ["<x>"]})
     save(other, tmp_path / "other")
     with pytest.raises(ValueError, match=r"different tokenizers: .* id 259"):
-        distil(tiny_model(), tmp_path / "other")
-    untold = tiny_model()
+        distil(student(), tmp_path / "other")
+    untold = student()
     untold.tokenizer = None
     with pytest.raises(ValueError, match=r"the student has none"):
         distil(untold, tmp_path / "donor")

@@ -1,11 +1,13 @@
 """A tiny donor of transformers, and what it says about texts read alone."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
 
-from tests.train.tiny_run import BOS, EOS, PAD, VOCAB, byte_tokenizer
+from tests.train.tiny_run import BOS, EOS, PAD, VOCAB, byte_tokenizer, tiny_model
+from twofold.models import EncoderDecoder
 
 
 def save_donor(folder: Path, *, adds_bos: bool = False, seed: int = 0) -> transformers.LlamaForCausalLM:
@@ -42,3 +44,13 @@ def save_donor(folder: Path, *, adds_bos: bool = False, seed: int = 0) -> transf
 def next_token_distributions(donor: transformers.LlamaForCausalLM, text: list[int]) -> torch.Tensor:
     """float32 [len(text), V]: after each token, reading the text alone."""
     return donor(input_ids=torch.tensor([text])).logits[0].float().softmax(dim=-1)
+
+
+def student(**meeting: Any) -> EncoderDecoder:
+    """A tiny student that is sure of itself, so that who teaches changes its loss by a lot."""
+    model = tiny_model(**meeting)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(8.0)
+    return model

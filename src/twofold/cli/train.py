@@ -10,7 +10,8 @@ from typing import Annotated, Any
 import typer
 
 from twofold.cli.console import err, note, print_json
-from twofold.config.recipe import Recipe, load_recipe
+from twofold.cli.distill_targets import distill_targets
+from twofold.config.recipe import Recipe, load_recipe, read_content
 from twofold.train import TrainResult, progress_for, train
 
 
@@ -27,6 +28,9 @@ def train_command(
     ] = False,
 ) -> None:
     """Train an encoder-decoder as a recipe says; Ctrl-C or SIGTERM saves and stops, --resume goes on."""
+    if read_content(recipe, overrides or ()).get("stage") == "distill-targets":
+        distill_targets(recipe, overrides or (), json=json)
+        return
     run = load_recipe(recipe, overrides or ())
     note(
         f"{run.stage} of {_model_name(run)} with {recipe}: {run.steps:,} steps of {run.positions_per_step:,} "

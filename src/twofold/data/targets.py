@@ -193,7 +193,8 @@ class ShardWriter:
             "kept": kept,
         }
         dtypes = {"offsets": "<i8", "ids": self._dtype, "shares": "<f2", "kept": "<f2"}
-        partial = self._target.with_name(f".{self._target.name}.{os.getpid()}")
+        # The name is the same for whoever does the shard again, who so removes what a killed process left.
+        partial = self._target.with_name(f".{self._target.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
         try:
