@@ -8,7 +8,7 @@ import warnings
 
 import typer
 
-from twofold.cli import adapt, generate, inspect, train
+from twofold.cli import adapt, average, generate, inspect, train
 from twofold.cli.console import fail, note
 from twofold.train import NonFiniteError
 
@@ -23,6 +23,7 @@ app.command("adapt")(adapt.adapt_command)
 app.command("inspect")(inspect.inspect_command)
 app.command("generate")(generate.generate_command)
 app.command("train")(train.train_command)
+app.command("average")(average.average_command)
 
 
 def main() -> None:
