@@ -141,6 +141,13 @@ class TrainSettings(Config):
     keep_checkpoints: int = Field(default=2, ge=1)
     """Older ones are removed once a new one is complete."""
 
+    average_last: int | None = Field(default=None, ge=2)
+    """Write the mean of the last so many checkpoints as model-average/ at the end of the run (T5Gemma 2: 5)."""
+
+    ema_decay: float | None = Field(default=None, ge=0, lt=1)
+    """Keep a moving average of the weights: share of the old average in each step. It is evaluated beside the weights,
+    and written as model-ema/ at the end."""
+
     seed: int = Field(default=0, ge=0)
     """Of dropout; the data has a seed of its own."""
 
@@ -168,6 +175,23 @@ class TrainSettings(Config):
         ):
             if value > self.steps:
                 raise ValueError(f"{name} ({value}) must not be more than steps ({self.steps})")
+        return self
+
+    @model_validator(mode="after")
+    def _checkpoints_suffice(self) -> Self:
+        if self.average_last is None:
+            return self
+        if self.keep_checkpoints < self.average_last:
+            raise ValueError(
+                f"average_last={self.average_last} needs as many checkpoints at the end, but keep_checkpoints is "
+                f"{self.keep_checkpoints}; raise it"
+            )
+        num_saved = 1 if self.save_every is None else -(-self.steps // self.save_every)
+        if num_saved < self.average_last:
+            raise ValueError(
+                f"average_last={self.average_last} needs as many checkpoints, but {self.steps} steps with "
+                f"save_every={self.save_every} give {num_saved}; lower save_every"
+            )
         return self
 
 
@@ -224,7 +248,13 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         ValueError: not YAML, a key twice, an unknown or missing key, a wrong value, a variable that is not set; names
             the file and the key.
     """
-    return read_recipe(Recipe, path, overrides)
+    content = read_content(path, overrides)
+    if content.get("stage") == "distill-targets":
+        raise ValueError(
+            f"{path}: stage 'distill-targets' stores predictions and trains nothing; start it with `twofold train`, or "
+            "read it as a twofold.config.targets.TargetsRecipe"
+        )
+    return _checked(Recipe, path, content)
 
 
 Kind = TypeVar("Kind", bound=Config)
@@ -232,7 +262,10 @@ Kind = TypeVar("Kind", bound=Config)
 
 def read_recipe(kind: type[Kind], path: str | Path, overrides: Sequence[str] = ()) -> Kind:
     """`load_recipe` for another kind of run."""
-    content = read_content(path, overrides)
+    return _checked(kind, path, read_content(path, overrides))
+
+
+def _checked(kind: type[Kind], path: str | Path, content: Mapping[str, Any]) -> Kind:
     try:
         return kind.model_validate(content)
     except ValidationError as error:
