@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from twofold.checkpoint.gguf import GGUFSource, gguf_config, gguf_tokenizer, has_tokenizer
+from twofold.checkpoint.shards import PATTERN, ShardsSource
 from twofold.checkpoint.tensors import SafetensorsSource, TensorSource, read_json
 
 CONFIG_FILE = "config.json"
@@ -51,7 +52,9 @@ class Checkpoint:
     """For messages: folder name, GGUF file name without suffix, or hub name."""
 
     def tensors(self) -> TensorSource:
-        """The weights, one tensor at a time. Raises as `SafetensorsSource` and `GGUFSource`."""
+        """The weights, one tensor at a time. Raises as `SafetensorsSource`, `ShardsSource` and `GGUFSource`."""
+        if self.gguf_file is None and any(self.folder.glob(PATTERN)):
+            return ShardsSource(self.folder)
         return SafetensorsSource(self.folder) if self.gguf_file is None else GGUFSource(self.gguf_file)
 
     def tokenizer(self) -> Any:

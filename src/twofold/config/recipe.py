@@ -157,6 +157,17 @@ class TrainSettings(Config):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto`: a CUDA device where there is one."""
 
+    data_parallel_replicas: int = Field(default=1, ge=1)
+    """Groups of processes that hold the whole model each, sharded inside of the group: for several nodes with a slow
+    network between them, their number. Every process of the run is in one group; 1: one group of all."""
+
+    reduce_every_batch: bool = False
+    """Add gradients up over the processes after every batch, not once a step: more traffic, but no process holds the
+    gradients of the whole model, 4 bytes a parameter. No effect with one process or one batch for each."""
+
+    collective_timeout_s: int = Field(default=600, ge=1)
+    """Seconds after which a process that the others wait for counts as lost."""
+
     @field_validator("precision", mode="before")
     @classmethod
     def _no_float16(cls, value: object) -> object:

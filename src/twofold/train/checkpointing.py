@@ -2,11 +2,13 @@
 
 ```
 output/checkpoints/step-000100/
-    config.json, model.safetensors, tokenizer files    what twofold.load reads
-    optimizer/model.safetensors                        <parameter>.exp_avg, .exp_avg_sq, .step
-    rng.safetensors                                    states of torch's generators
+    config.json, tokenizer files, shard-*.safetensors  what twofold.load reads
+    optimizer/shard-*.safetensors                      <parameter>.exp_avg, .exp_avg_sq
     trainer.json                                       step, loader, losses, settings
 ```
+
+Tensors are PyTorch's distributed checkpoints in safetensors form: each rank writes the rows it holds into a file of its
+own, and any number of ranks reads what it needs of them, one process included.
 """
 
 from __future__ import annotations
@@ -15,23 +17,32 @@ import json
 import os
 import re
 import shutil
+import threading
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from twofold.checkpoint import SafetensorsSource, SafetensorsWriter, new_folder
-from twofold.checkpoint.save import save
-from twofold.checkpoint.tensors import read_json
+from twofold.checkpoint.save import CheckpointWriter
+from twofold.checkpoint.shards import ShardsSource
+from twofold.checkpoint.tensors import TensorSource, read_json
 from twofold.models import EncoderDecoder
+from twofold.train.parallel import on_host, whole
+from twofold.train.world import World
 
-_FORMAT = 1
-_MOMENTS = ("exp_avg", "exp_avg_sq", "step")
+_FORMAT = 2
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+_FILE_BYTES = 2**30
+"""Of one file of one rank, about. safetensors makes a file in memory before it writes it."""
+
+
+class CheckpointError(OSError):
+    """A checkpoint could not be written; those before it are as they were."""
 
 
 @dataclass
@@ -56,73 +67,249 @@ class TrainerState:
     tokens: int = 0
     """Real tokens trained on, both sides."""
 
+    parameter_steps: dict[str, int] = field(default_factory=dict)
+    """Updates of every parameter that has had one; they differ where phases train different ones."""
 
-def save_checkpoint(
-    output: Path,
+
+class CheckpointSaver:
+    """Writes checkpoints in the background while training goes on; one at a time.
+
+    A checkpoint appears under its name when all ranks have written theirs; before that its folder is hidden. If one
+    fails, its folder is removed.
+    """
+
+    def __init__(self, output: Path, world: World, *, keep: int) -> None:
+        """
+        Args:
+            keep: newest checkpoints that stay; older ones are removed, after a new one is complete.
+        """
+        self._output = output
+        self._world = world
+        self._keep = keep
+        self._thread: threading.Thread | None = None
+        self._target: Path | None = None
+        self._error: BaseException | None = None
+
+    def start(
+        self,
+        model: EncoderDecoder,
+        optimizer: Optimizer,
+        parameters: Mapping[str, nn.Parameter],
+        state: TrainerState,
+    ) -> Path:
+        """Take a copy of everything in host memory, and begin to write it. The earlier one must have been awaited.
+
+        Args:
+            parameters: those of the optimizer, by name.
+            state: with the whole loader state.
+
+        Returns:
+            The folder the checkpoint will have.
+        """
+        assert self._thread is None
+        target = _folder_of(self._output) / f"step-{state.step:06d}"
+        partial = target.with_name(f".{target.name}.partial")
+        state.parameter_steps = _parameter_steps(optimizer, parameters)
+        self._world.from_main(lambda: _begin(partial, model, state))
+        weights = {name: on_host(p, self._world) for name, p in model.named_parameters()}
+        moments = {name: on_host(t, self._world) for name, t in _moments(optimizer, parameters).items()}
+        self._target, self._error = target, None
+        # A daemon: where another rank is lost, nobody waits for what can no longer be complete.
+        self._thread = threading.Thread(
+            target=self._write, args=(partial, target, weights, moments), name="checkpoint", daemon=True
+        )
+        self._thread.start()
+        return target
+
+    @property
+    def is_writing(self) -> bool:
+        """This rank is not done with what was started."""
+        return self._thread is not None and self._thread.is_alive()
+
+    @property
+    def has_failed(self) -> bool:
+        """This rank cannot complete what was started, and that has not been raised yet."""
+        return not self.is_writing and self._error is not None
+
+    def wait(self) -> Path | None:
+        """Until what is pending is complete; on all ranks.
+
+        Returns:
+            Its folder; None where nothing is pending.
+
+        Raises:
+            CheckpointError: it could not be written; on every rank.
+        """
+        if self._thread is None:
+            return None
+        self._thread.join()
+        self._thread = None
+        error, self._error = self._error, None
+        reasons = self._world.gather(None if error is None else _reason(error))
+        for rank, reason in enumerate(reasons):
+            if reason is not None:
+                before = latest_checkpoint(self._output)
+                raise CheckpointError(
+                    f"{self._target} could not be written: {reason} (rank {rank}). "
+                    + ("There is no earlier checkpoint" if before is None else f"{before} is complete")
+                    + "; make room or choose another output, and go on with --resume"
+                )
+        return self._target
+
+    def abandon(self) -> None:
+        """After an error: let this rank end what it is writing, unless others are needed that do not answer."""
+        if self._thread is not None:
+            self._thread.join(timeout=None if self._world.size == 1 else _PATIENCE_S)
+            self._thread = None
+
+    def _write(
+        self, partial: Path, target: Path, weights: dict[str, Tensor], moments: dict[str, Tensor]
+    ) -> None:
+        try:
+            _write_shards(partial, weights, self._world)
+            if moments:
+                _write_shards(partial / "optimizer", moments, self._world)
+            if self._world.is_main:  # it ends its part last: the writer has gathered the others' results
+                _sync_folder(partial)
+                if target.exists():
+                    shutil.rmtree(target)
+                partial.rename(target)
+                _sync_folder(target.parent)
+                _remove_old(self._output, self._keep)
+        except BaseException as error:  # raised again by wait()
+            self._error = error
+            if self._world.is_main:
+                shutil.rmtree(partial, ignore_errors=True)
+
+
+_PATIENCE_S = 5.0
+
+
+def _begin(partial: Path, model: EncoderDecoder, state: TrainerState) -> None:
+    """All that is not sharded."""
+    try:
+        shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
+        (partial / "optimizer").mkdir(parents=True)
+        config = model.config.model_dump(mode="json") | {"architectures": ["EncoderDecoder"]}
+        (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        if model.tokenizer is not None:
+            model.tokenizer.save_pretrained(partial)
+        with (partial / "trainer.json").open("w", encoding="utf-8") as file:
+            json.dump({"format": _FORMAT, **asdict(state)}, file)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise CheckpointError(
+            f"{partial} could not be written: {error}; earlier checkpoints are complete"
+        ) from error
+
+
+def _write_shards(folder: Path, tensors: dict[str, Tensor], world: World) -> None:
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+    from torch.distributed.checkpoint.state_dict_saver import save
+
+    files: dict[str, int] = {}
+    in_file, number = 0, 1
+    for name, tensor in tensors.items():
+        size = tensor.numel() * tensor.element_size()
+        if in_file and in_file + size > _FILE_BYTES * world.size:
+            in_file, number = 0, number + 1
+        files[name], in_file = number, in_file + size
+    writer = HuggingFaceStorageWriter(str(folder), files, save_distributed=True)
+    _allow_one_process()
+    save(tensors, storage_writer=writer, process_group=world.writer_group, no_dist=world.size == 1)
+
+
+def _read_shards(folder: Path, tensors: dict[str, Tensor], world: World) -> None:
+    """Fill the tensors, or of sharded ones this rank's part, in place."""
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+    from torch.distributed.checkpoint.state_dict_loader import load
+
+    reader = HuggingFaceStorageReader(str(folder))
+    _allow_one_process()
+    load(tensors, storage_reader=reader, process_group=world.host_group, no_dist=world.size == 1)
+
+
+def _allow_one_process() -> None:
+    """One process is meant: PyTorch need not warn of it. (`catch_warnings` is not for threads.)"""
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+
+
+def _reason(error: BaseException) -> str:
+    """What went wrong on which rank, from under the wrapping of distributed checkpoints."""
+    failures = getattr(error, "failures", None)
+    if failures:
+        rank, (inner, _) = next(iter(failures.items()))
+        return f"{type(inner).__name__} on rank {rank}: {inner}"
+    return f"{type(error).__name__}: {error}"
+
+
+def _sync_folder(folder: Path) -> None:
+    """Its entries, on the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def save_model(model: EncoderDecoder, path: Path, world: World) -> None:
+    """The model as a folder that `twofold.load` reads; sharded tensors are gathered one by one.
+
+    All ranks call it, rank 0 writes. What is at `path` is replaced once the new one is complete.
+    """
+    parameters = list(model.named_parameters())
+    tensors = ((name, whole(p.detach())) for name, p in parameters)
+    if not world.is_main:
+        for _ in tensors:
+            pass
+        return
+    with CheckpointWriter(path, overwrite=True) as writer:
+        writer.write_config(model.config)
+        writer.write_tensors([(name, tuple(p.shape), p.dtype) for name, p in parameters], tensors)
+        if model.tokenizer is not None:
+            model.tokenizer.save_pretrained(writer.folder)
+
+
+def restore_checkpoint(
+    checkpoint: Path,
     model: EncoderDecoder,
     optimizer: Optimizer,
     parameters: Mapping[str, nn.Parameter],
     state: TrainerState,
-    *,
-    keep: int,
-) -> Path:
-    """Write the checkpoint of a step; it appears under its name when it is complete.
-
-    Args:
-        parameters: those of the optimizer, by name.
-        keep: newest checkpoints that stay; older ones are removed, after the new one is complete.
-
-    Returns:
-        Its folder.
-    """
-    target = _folder_of(output) / f"step-{state.step:06d}"
-    with new_folder(target) as folder:
-        save(model, folder)  # first: it wants an empty folder
-        (folder / "optimizer").mkdir()
-        moments = _optimizer_tensors(optimizer, parameters)
-        plan = [(name, tuple(tensor.shape), tensor.dtype) for name, tensor in moments.items()]
-        with SafetensorsWriter(folder / "optimizer", plan) as writer:
-            for name, tensor in moments.items():
-                writer.write(name, tensor)
-        save_file(_rng_state(), folder / "rng.safetensors")
-        with (folder / "trainer.json").open("w", encoding="utf-8") as file:
-            json.dump({"format": _FORMAT, **asdict(state)}, file)
-            file.flush()
-            os.fsync(file.fileno())
-    _remove_old(output, keep)
-    return target
-
-
-def restore_checkpoint(
-    checkpoint: Path, model: EncoderDecoder, optimizer: Optimizer, parameters: Mapping[str, nn.Parameter]
+    world: World,
 ) -> None:
-    """Put weights, optimizer state and random generators back, in place.
+    """Put weights and optimizer state back, in place; on each rank its part of them.
 
     Raises:
         ValueError: the checkpoint is of another model, or of other trained parameters.
     """
-    with SafetensorsSource(checkpoint) as source, torch.no_grad():
-        own = dict(model.named_parameters())
-        _refuse_differences(checkpoint, set(source.names()), set(own))
-        for name, parameter in own.items():
-            if source.shape(name) != tuple(parameter.shape):
-                raise ValueError(
-                    f"{checkpoint}: {name} has shape {list(source.shape(name))}, this model's has "
-                    f"{list(parameter.shape)}; resume with the model the run began with"
-                )
-            parameter.copy_(source.get(name))
-    with SafetensorsSource(checkpoint / "optimizer") as source:
-        in_file = set(source.names())
-        names = [name for name in parameters if f"{name}.step" in in_file]
-        _refuse_differences(
-            checkpoint, in_file, {f"{name}.{moment}" for name in names for moment in _MOMENTS}
-        )
-        for name in names:
-            parameter = parameters[name]
-            optimizer.state[parameter] = {
-                m: source.get(f"{name}.{m}").clone().to(parameter.device) for m in _MOMENTS
-            }
-    _set_rng_state(load_file(checkpoint / "rng.safetensors"))
+    weights = {name: p.detach() for name, p in model.named_parameters()}
+    moments: dict[str, Tensor] = {}
+    for name, steps in state.parameter_steps.items():
+        if name not in parameters:
+            _refuse_differences(checkpoint, set(state.parameter_steps), set(parameters))
+        parameter = parameters[name]
+        made = {moment: torch.zeros_like(parameter.detach()) for moment in _MOMENTS}
+        moments |= {f"{name}.{moment}": tensor for moment, tensor in made.items()}
+        device = parameter.device
+        optimizer.state[parameter] = {"step": torch.tensor(float(steps), device=device), **made}
+    for folder, wanted in ((checkpoint, weights), (checkpoint / "optimizer", moments)):
+        if wanted:
+            with ShardsSource(folder) as source:
+                _check_fit(checkpoint, source, wanted)
+            _read_shards(folder, wanted, world)
+
+
+def _check_fit(checkpoint: Path, source: TensorSource, wanted: Mapping[str, Tensor]) -> None:
+    _refuse_differences(checkpoint, set(source.names()), set(wanted))
+    for name, tensor in wanted.items():
+        if source.shape(name) != tuple(tensor.shape):
+            raise ValueError(
+                f"{checkpoint}: {name} has shape {list(source.shape(name))}, this model's has "
+                f"{list(tensor.shape)}; resume with the model the run began with"
+            )
 
 
 def read_state(checkpoint: Path) -> TrainerState:
@@ -193,8 +380,8 @@ def _remove_old(output: Path, keep: int) -> None:
         shutil.rmtree(leftover)
 
 
-def _optimizer_tensors(optimizer: Optimizer, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-    """Moments by parameter name; parameters that have not trained yet have none."""
+def _moments(optimizer: Optimizer, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    """By parameter name; parameters that have not trained yet have none."""
     return {
         f"{name}.{moment}": optimizer.state[parameter][moment]
         for name, parameter in parameters.items()
@@ -203,17 +390,12 @@ def _optimizer_tensors(optimizer: Optimizer, parameters: Mapping[str, nn.Paramet
     }
 
 
-def _rng_state() -> dict[str, Tensor]:
-    state = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
-    return state
-
-
-def _set_rng_state(state: Mapping[str, Tensor]) -> None:
-    torch.set_rng_state(state["cpu"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
+def _parameter_steps(optimizer: Optimizer, parameters: Mapping[str, nn.Parameter]) -> dict[str, int]:
+    trained = {name: optimizer.state[p]["step"] for name, p in parameters.items() if optimizer.state.get(p)}
+    if not trained:
+        return {}
+    steps = torch.stack(list(trained.values())).tolist()  # one wait for the device
+    return {name: int(count) for name, count in zip(trained, steps, strict=True)}
 
 
 def _refuse_differences(checkpoint: Path, there: set[str], wanted: set[str]) -> None:

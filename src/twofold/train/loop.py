@@ -4,32 +4,34 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
-from twofold.checkpoint.save import save
 from twofold.config.recipe import TrainSettings
 from twofold.data import Batch
 from twofold.models import EncoderDecoder
 from twofold.train.blocks import checkpoint_activations, compile_blocks, restore_blocks
 from twofold.train.callbacks import Callback, RunStart, TrainResult
 from twofold.train.checkpointing import (
+    CheckpointSaver,
     TrainerState,
     changed_settings,
     latest_checkpoint,
     read_state,
     restore_checkpoint,
-    save_checkpoint,
+    save_model,
 )
 from twofold.train.evaluate import Evaluation, evaluate
 from twofold.train.optimizer import cross_attention_names, new_optimizer, set_phase, trainable_parameters
+from twofold.train.parallel import shard
 from twofold.train.schedule import learning_rate_factor
 from twofold.train.signals import StopRequest, stop_on_signals
 from twofold.train.step import LossModule, TeacherOf, train_step
 from twofold.train.trackers import LossPlot, MetricsFile, TensorBoardScalars
+from twofold.train.world import OtherRankError, World, is_lost_rank, start_world
 
 FREE_TO_CHANGE = frozenset(
     {
@@ -42,6 +44,9 @@ FREE_TO_CHANGE = frozenset(
         "tensorboard",
         "activation_checkpointing",
         "compile_blocks",
+        "data_parallel_replicas",
+        "reduce_every_batch",
+        "collective_timeout_s",
     }
 )
 """Settings that a resumed run may change."""
@@ -58,7 +63,7 @@ class TrainLoader(Protocol):
         ...
 
     def state_dict(self) -> dict[str, Any]:
-        """JSON-able."""
+        """JSON-able, with the states of its own streams by number under "streams"."""
         ...
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -83,50 +88,56 @@ def fit(
     callbacks: Sequence[Callback] = (),
     *,
     resume: bool = False,
+    world: World | None = None,
     teacher: TeacherOf | None = None,
     teacher_share: float = 1.0,
 ) -> TrainResult:
     """Train a model that is in memory.
 
     Writes into `output`: metrics.jsonl, loss.png, tensorboard/, checkpoints/, and at the end model/. The
-    first SIGTERM or SIGINT lets the current step end, saves a checkpoint and returns.
+    first SIGTERM or SIGINT, on any rank, lets the current step end, saves a checkpoint and returns.
 
     Args:
         model: float32; trained in place, on the device of the settings, and left there in eval mode.
-            Parameters without `requires_grad` stay as they are.
-        train_loader: at its beginning.
-        held_out_loader: None: nothing is evaluated.
+            Parameters without `requires_grad` stay as they are. With several ranks rank 0's weights count, the
+            others' model may be on the meta device, and all are left sharded: `model_path` holds the whole one.
+        train_loader: at its beginning, with this rank's streams (`World.streams`).
+        held_out_loader: the same on every rank. None: nothing is evaluated.
         settings: how.
-        output: a folder that does not exist or is empty, unless `resume`.
-        callbacks: watchers.
+        output: a folder that does not exist or is empty, unless `resume`. Every rank sees the same folder.
+        callbacks: watchers, called on the rank they are given to; checkpoints are announced on rank 0.
         resume: go on from the newest checkpoint in `output`, as the run that never stopped: bit for bit on
-            the CPU. Where `output` does not exist, the run begins.
+            the CPU with the same number of ranks. Where `output` does not exist, the run begins.
+        world: the processes of the run, where the caller has started it. None: `start_world`.
         teacher: see `LossModule`.
         teacher_share: see `chunked_loss`.
 
     Raises:
         FileExistsError: there is something in `output` already.
         FileNotFoundError: `resume`, but `output` has no checkpoint.
-        ValueError: settings that the model or the device does not allow, or, with `resume`, other settings
-            than those of the checkpoint (`FREE_TO_CHANGE` may differ). Nothing has been written.
+        ValueError: settings that the model, the device or the number of ranks does not allow, or, with `resume`,
+            other settings than those of the checkpoint (`FREE_TO_CHANGE` may differ). Nothing has been written.
         NonFiniteError: a step's loss or gradient is not finite; see `train_step`.
+        CheckpointError: a checkpoint could not be written.
+        OtherRankError: another rank failed.
     """
     output = Path(output)
-    checkpoint = find_start(output, resume=resume)
-    state = new_state(settings, checkpoint)
-    trainer = Trainer(
-        model, train_loader, held_out_loader, settings, output, state, callbacks, teacher, teacher_share
-    )
-    devices = [torch.cuda.current_device()] if trainer.device.type == "cuda" else []
-    with torch.random.fork_rng(devices), ExitStack() as cleanup:
+    with (
+        start_world(settings) if world is None else nullcontext(world) as world,
+        torch.random.fork_rng([world.device] if world.device.type == "cuda" else []),
+        ExitStack() as cleanup,
+    ):
+        checkpoint = world.from_main(lambda: find_start(output, resume=resume))
+        state = new_state(settings, checkpoint)
+        module = LossModule(model, settings.precision, teacher=teacher, teacher_share=teacher_share)
+        trainer = Trainer(module, train_loader, held_out_loader, settings, output, state, callbacks, world)
         cleanup.callback(model.eval)
         cleanup.callback(restore_blocks, model)
         cleanup.callback(set_phase, trainer.parameters, set(trainer.parameters))
         for callback in trainer.callbacks:
             cleanup.callback(callback.close)
-        torch.manual_seed(settings.seed)
         if checkpoint is not None:
-            restore_checkpoint(checkpoint, model, trainer.optimizer, trainer.parameters)
+            restore_checkpoint(checkpoint, model, trainer.optimizer, trainer.parameters, state, world)
             train_loader.load_state_dict(state.loader)
         return trainer.run(cleanup.enter_context(stop_on_signals()), checkpoint)
 
@@ -183,27 +194,31 @@ class Trainer:
 
     def __init__(
         self,
-        model: EncoderDecoder,
+        module: LossModule,
         train_loader: TrainLoader,
         held_out_loader: HeldOutLoader | None,
         settings: TrainSettings,
         output: Path,
         state: TrainerState,
         callbacks: Sequence[Callback],
-        teacher: TeacherOf | None,
-        teacher_share: float,
+        world: World,
     ) -> None:
         if train_loader.num_streams != settings.accumulate_batches:
             raise ValueError(
                 f"the loader gives {train_loader.num_streams} batches a step, accumulate_batches is "
                 f"{settings.accumulate_batches}; make the loader with num_streams=accumulate_batches"
             )
-        self.device = device_of(settings)
-        self.model = model.to(self.device)
+        world.check_batches(settings.accumulate_batches)
+        model = module.model
+        trainable_parameters(model)  # before the model is touched
+        self._world = world
+        self.module = module
+        self.model = model if world.size > 1 else model.to(world.device)
         checkpoint_activations(model, settings.activation_checkpointing)
         if settings.compile_blocks:
             compile_blocks(model)
-        self.module = LossModule(self.model, settings.precision, teacher=teacher, teacher_share=teacher_share)
+        if world.size > 1:
+            shard(self.module, model, world, precision=settings.precision)
         self.parameters = trainable_parameters(model)
         self._everything = set(self.parameters)
         self._cross_attention: set[str] = set()
@@ -215,38 +230,66 @@ class Trainer:
         self._settings = settings
         self._output = output
         self._state = state
-        self.callbacks = [
-            MetricsFile(output / "metrics.jsonl", settings.log_every),
-            LossPlot(output / "loss.png"),
-        ]
-        if settings.tensorboard:
-            self.callbacks.append(TensorBoardScalars(output / "tensorboard", settings.log_every))
+        self._saver = CheckpointSaver(output, world, keep=settings.keep_checkpoints)
+        self.callbacks: list[Callback] = []
+        if world.is_main:
+            self.callbacks += [
+                MetricsFile(output / "metrics.jsonl", settings.log_every),
+                LossPlot(output / "loss.png"),
+            ]
+            if settings.tensorboard:
+                self.callbacks.append(TensorBoardScalars(output / "tensorboard", settings.log_every))
         self.callbacks += callbacks
 
     def run(self, stop: StopRequest, checkpoint: Path | None) -> TrainResult:
         """All steps that are left.
 
         Args:
-            stop: looked at between steps.
+            stop: looked at between steps; asked for on one rank, it stops all.
             checkpoint: the one that was restored.
+
+        Raises:
+            OtherRankError: another rank failed. An error of this rank is raised as it is, with a note of where.
         """
+        try:
+            return self._run(stop, checkpoint)
+        except BaseException as error:
+            self._saver.abandon()
+            if self._world.size == 1 or isinstance(error, OtherRankError):
+                raise
+            place = f"rank {self._world.rank}, after step {self._state.step}"
+            if is_lost_rank(error):
+                raise OtherRankError(
+                    f"{place}: stopped, because another rank failed or does not answer"
+                ) from None
+            error.add_note(place)
+            raise
+
+    def _run(self, stop: StopRequest, checkpoint: Path | None) -> TrainResult:
         started = time.perf_counter()
-        self._output.mkdir(parents=True, exist_ok=True)
+        if self._world.is_main:
+            self._output.mkdir(parents=True, exist_ok=True)
         saved_step = None if checkpoint is None else self._state.step
         self._announce()
         while True:
             is_last = self._state.step == self._settings.steps
-            if not stop.is_made and self._is_evaluation_due(is_last):
+            is_stopping, has_failed, is_writing = self._world.any(
+                stop.is_made, self._saver.has_failed, self._saver.is_writing
+            )
+            if has_failed or not is_writing:
+                self._await_save()
+            if not is_stopping and self._is_evaluation_due(is_last):
                 self._evaluate()
-            is_save_due = is_last or stop.is_made or self._is_due(self._settings.save_every)
+            is_save_due = is_last or is_stopping or self._is_due(self._settings.save_every)
             if is_save_due and saved_step != self._state.step:
                 checkpoint, saved_step = self._save(), self._state.step
-            if is_last or stop.is_made:
+            if is_last or is_stopping:
                 break
             self._step()
+        self._await_save()
         assert checkpoint is not None
         return self._finish(
-            checkpoint, time.perf_counter() - started, is_finished=is_last and not stop.is_made
+            checkpoint, time.perf_counter() - started, is_finished=is_last and not is_stopping
         )
 
     def _step(self) -> None:
@@ -263,6 +306,9 @@ class Trainer:
             step=step,
             learning_rate=settings.optimizer.learning_rate * factor,
             max_grad_norm=settings.max_grad_norm,
+            seed=settings.seed,
+            world=self._world,
+            reduce_every_batch=settings.reduce_every_batch,
         )
         self._state.step = step
         self._state.losses.append(result.loss)
@@ -272,32 +318,30 @@ class Trainer:
 
     def _evaluate(self) -> None:
         assert self._held_out_loader is not None
-        evaluation: Evaluation = evaluate(self.module, self._held_out_loader.one_pass())
+        evaluation: Evaluation = evaluate(self.module, self._held_out_loader.one_pass(), self._world)
         self._state.held_out.append((self._state.step, evaluation.loss))
         for callback in self.callbacks:
             callback.on_evaluation(self._state.step, evaluation)
 
     def _save(self) -> Path:
-        self._state.loader = self._train_loader.state_dict()
-        path = save_checkpoint(
-            self._output,
-            self.model,
-            self.optimizer,
-            self.parameters,
-            self._state,
-            keep=self._settings.keep_checkpoints,
-        )
-        for callback in self.callbacks:
-            callback.on_checkpoint(self._state.step, path)
-        return path
+        """Begin a checkpoint; it is complete after `_await_save`."""
+        self._await_save()
+        parts = self._world.gather(self._train_loader.state_dict())
+        streams = {name: stream for part in parts for name, stream in part["streams"].items()}
+        self._state.loader = {**parts[0], "streams": streams}
+        return self._saver.start(self.model, self.optimizer, self.parameters, self._state)
+
+    def _await_save(self) -> None:
+        path = self._saver.wait()
+        if path is not None and self._world.is_main:
+            for callback in self.callbacks:
+                callback.on_checkpoint(int(path.name.removeprefix("step-")), path)
 
     def _finish(self, checkpoint: Path, seconds: float, *, is_finished: bool) -> TrainResult:
         model_path = None
         if is_finished:
-            model_path = self._output / "model"
-            save(
-                self.model, model_path, overwrite=True
-            )  # an older one is this run's own, from before `steps` grew
+            model_path = self._output / "model"  # an older one is this run's own, from before `steps` grew
+            save_model(self.model, model_path, self._world)
         result = TrainResult(
             output=self._output,
             step=self._state.step,
@@ -319,7 +363,7 @@ class Trainer:
             first_step=self._state.step + 1,
             num_parameters=sum(p.numel() for p in self.model.parameters()),
             num_trainable=sum(p.numel() for p in self.parameters.values()),
-            device=str(self.device),
+            device=self._describe_devices(),
             output=self._output,
         )
         for callback in self.callbacks:
@@ -336,15 +380,6 @@ class Trainer:
         is_due = is_last or self._state.step == 0 or self._is_due(self._settings.evaluate_every)
         return self._held_out_loader is not None and is_due and not done
 
-
-def device_of(settings: TrainSettings) -> torch.device:
-    """The device a run uses.
-
-    Raises:
-        ValueError: CUDA is asked for and not there.
-    """
-    if settings.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device is 'cuda', but PyTorch finds no CUDA device; set device to 'cpu' or 'auto'")
-    if settings.device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(settings.device)
+    def _describe_devices(self) -> str:
+        one = self._world.device.type
+        return one if self._world.size == 1 else f"{self._world.size} x {one}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, TypeAlias
 
 import torch
 import yaml
@@ -30,8 +31,9 @@ from twofold.data.teaching import Teaching
 from twofold.models import EncoderDecoder
 from twofold.objectives import find_sentinels
 from twofold.train.callbacks import Callback, RunStart, TrainResult
-from twofold.train.loop import device_of, find_start, fit, new_state
+from twofold.train.loop import find_start, fit, new_state
 from twofold.train.teacher import Distillation, open_distillation
+from twofold.train.world import World, start_world
 
 
 def train(recipe: Recipe, *, resume: bool = False, callbacks: Sequence[Callback] = ()) -> TrainResult:
@@ -42,45 +44,82 @@ def train(recipe: Recipe, *, resume: bool = False, callbacks: Sequence[Callback]
     Args:
         recipe: see `load_recipe`.
         resume: see `fit`.
-        callbacks: watchers.
+        callbacks: watchers; with several ranks called on the rank they are given to.
 
     Raises:
         FileExistsError, FileNotFoundError: see `fit`; before anything is loaded. Also: no donors or no data.
         ValueError: model, data and settings do not go together; nothing has been written.
         NonFiniteError: see `fit`.
     """
-    output = Path(recipe.output)
+    with start_world(recipe) as world:
+        output = Path(recipe.output)
+        checkpoint = world.from_main(lambda: find_checked_start(recipe, output, resume=resume))
+        model, train_loader, held_out_loader, distillation = build_parts(recipe, checkpoint, world)
+        watchers = [RunFiles(recipe, model), *callbacks] if world.is_main else callbacks
+        with Prefetcher(train_loader) as prefetched:
+            return fit(
+                model,
+                prefetched,
+                held_out_loader,
+                recipe,
+                output,
+                watchers,
+                resume=resume,
+                world=world,
+                teacher=None if distillation is None else distillation.teacher,
+                teacher_share=1.0 if distillation is None else distillation.share,
+            )
+
+
+def find_checked_start(recipe: Recipe, output: Path, *, resume: bool) -> Path | None:
+    """The checkpoint to go on from, which fits the recipe; None: the run begins. Raises: see `fit`."""
     checkpoint = find_start(output, resume=resume)
     new_state(recipe, checkpoint)
-    device_of(recipe)
-    for source in (*recipe.data.sources, *recipe.data.held_out):
-        SourceReader(source)  # finds missing files before the model is loaded
-    model = build_model(recipe.model, checkpoint)
-    distillation = build_distillation(recipe, model)
-    train_loader, held_out_loader = build_loaders(
-        recipe.data,
-        model,
-        num_streams=recipe.accumulate_batches,
-        teaching=None if distillation is None else distillation.teaching,
-    )
-    if distillation is not None:
-        distillation.check(model)
-    watchers = [RunFiles(recipe, model), *callbacks]
-    with Prefetcher(train_loader) as prefetched:
-        return fit(
+    return checkpoint
+
+
+Parts: TypeAlias = tuple[EncoderDecoder, Loader, Loader | None, Distillation | None]
+
+
+def build_parts(recipe: Recipe, checkpoint: Path | None, world: World) -> Parts:
+    """Model, loaders and teacher of one rank. Rank 0 alone reads weights of the model, and comes first; the others'
+    model, with the vocabulary that rank 0 found or made, is on the meta device.
+
+    Raises: see `train`.
+    """
+
+    def build(model: EncoderDecoder) -> Parts:
+        distillation = build_distillation(recipe, model, world.device)
+        loaders = build_loaders(
+            recipe.data,
             model,
-            prefetched,
-            held_out_loader,
-            recipe,
-            output,
-            watchers,
-            resume=resume,
-            teacher=None if distillation is None else distillation.teacher,
-            teacher_share=1.0 if distillation is None else distillation.share,
+            num_streams=recipe.accumulate_batches,
+            owned=world.streams(recipe.accumulate_batches),
+            teaching=None if distillation is None else distillation.teaching,
         )
+        if distillation is not None:
+            distillation.check(model)
+        return model, *loaders, distillation
+
+    parts: list[Parts] = []
+
+    def build_first() -> tuple[EncoderDecoderConfig, Any]:
+        for source in (*recipe.data.sources, *recipe.data.held_out):
+            SourceReader(source)  # finds missing files before the model is loaded
+        parts.append(build(build_model(recipe.model, checkpoint)))
+        model = parts[0][0]
+        return model.config, model.tokenizer
+
+    config, tokenizer = world.from_main(build_first)
+    if not world.is_main:
+        with torch.device("meta"):
+            model = EncoderDecoder(config)
+        model.tokenizer = tokenizer
+        parts.append(build(model.eval()))
+    return parts[0]
 
 
-def build_distillation(recipe: Recipe, student: EncoderDecoder) -> Distillation | None:
+def build_distillation(recipe: Recipe, student: EncoderDecoder, device: torch.device) -> Distillation | None:
     """The teacher of a run, checked and loaded; None where it has none.
 
     Raises:
@@ -88,13 +127,17 @@ def build_distillation(recipe: Recipe, student: EncoderDecoder) -> Distillation 
     """
     if recipe.distillation is None:
         return None
+    if student.tokenizer is None:
+        raise ValueError(
+            "the student has no tokenizer to compare with its teacher's; put its files into the folder"
+        )
     return open_distillation(
         recipe.distillation,
         student,
         pad_multiple=recipe.data.pad_multiple,
         max_raw_length=longest_text(student.tokenizer, recipe.data, Convention.of(student.config)),
         precision=recipe.precision,
-        device=device_of(recipe),
+        device=device,
     )
 
 

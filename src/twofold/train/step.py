@@ -8,14 +8,17 @@ from dataclasses import dataclass
 from math import isfinite
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import nn
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
 from twofold.data import IGNORE_INDEX, Batch
 from twofold.models import EncoderDecoder
 from twofold.train.loss import Teacher, chunked_loss
+from twofold.train.parallel import local_part, reduce_gradients
+from twofold.train.world import ONE_PROCESS, World
 
 Precision = Literal["float32", "bfloat16"]
 
@@ -119,54 +122,86 @@ def train_step(
     step: int,
     learning_rate: float,
     max_grad_norm: float | None = None,
+    seed: int = 0,
+    world: World = ONE_PROCESS,
+    reduce_every_batch: bool = False,
 ) -> StepResult:
-    """Update the model once on several batches, as if they were one.
+    """Update the model once on the batches of all ranks, as if they were one.
 
     The loss is the sum over the scored tokens of all batches, divided by their number, so that padding and
-    the way tokens are dealt out to batches change nothing.
+    the way tokens are dealt out to batches, and batches to ranks, change nothing.
 
     Args:
-        module: in train mode. Parameters without `requires_grad` stay as they are.
-        batches: on the CPU, where counting their tokens does not wait for the device.
-        step: for messages.
+        module: in train mode; of several ranks sharded. Parameters without `requires_grad` stay as they are.
+        batches: of this rank's streams, in their order; every rank has as many. On the CPU, where counting their
+            tokens does not wait for the device.
+        step: for messages and dropout.
         learning_rate: of this step.
         max_grad_norm: see `TrainSettings`.
+        seed: of dropout. Torch's generators are seeded for each batch from (seed, step, stream), so that what is
+            dropped depends neither on the number of ranks nor on what was drawn before.
+        reduce_every_batch: see `TrainSettings`.
 
     Raises:
-        NonFiniteError: loss or gradient norm is not finite; nothing was updated.
+        NonFiniteError: loss or gradient norm is not finite; nothing was updated on any rank.
         ValueError: no token is scored.
     """
     started = time.perf_counter()
-    n_scored = sum(batch.num_scored_tokens for batch in batches)
+    counts = [sum(b.num_scored_tokens for b in batches), sum(b.num_real_tokens for b in batches)]
+    n_scored, n_real = world.sum_(torch.tensor(counts)).tolist()
+    num_streams = len(batches) * world.size
     if n_scored == 0:
         raise ValueError(
-            f"step {step} has no scored token in {len(batches)} batches; check the labels of the data"
+            f"step {step} has no scored token in {num_streams} batches; check the labels of the data"
         )
     device = next(module.parameters()).device
     optimizer.zero_grad(set_to_none=True)
-    total_loss = torch.zeros((), device=device)
-    for batch in batches:
+    losses = torch.zeros(num_streams, dtype=torch.float64, device=device)
+    streams = world.streams(num_streams)
+    for stream, batch in zip(streams, batches, strict=True):
+        reduce_gradients(module, reduce_every_batch or stream == streams[-1])
+        torch.manual_seed(batch_seed(seed, step, stream))
         summed = batch_loss(module, batch, device)
         (summed / n_scored).backward()  # type: ignore[no-untyped-call]
-        total_loss += summed.detach()
+        losses[stream] = summed.detach()
 
-    trained = [p for p in module.parameters() if p.grad is not None]
-    norm = get_total_norm([p.grad for p in trained if p.grad is not None])
-    loss, grad_norm = torch.stack(
-        [total_loss / n_scored, norm]
-    ).tolist()  # the step's one wait for the device
+    gradients = [local_part(p.grad) for p in module.parameters() if p.grad is not None]
+    # Summed over all ranks and then divided by the replicas, which all have the same gradients.
+    squared_norm = get_total_norm(gradients).double().square() / world.replicas
+    # The step's one wait for the device.
+    *loss_of_stream, squared = world.sum_(torch.cat([losses, squared_norm[None]])).tolist()
+    loss, grad_norm = sum(loss_of_stream) / n_scored, squared**0.5
     if not (isfinite(loss) and isfinite(grad_norm)):
         optimizer.zero_grad(set_to_none=True)
         raise NonFiniteError(
-            f"step {step} has loss {loss} and gradient norm {grad_norm}; stopped before the update, the "
-            f"weights are those of step {step - 1}. Start a new run with a lower optimizer.learning_rate or "
-            "more schedule.warmup_steps; model.path can be the last checkpoint of this one"
+            f"step {step} has loss {loss} and gradient norm {grad_norm}"
+            f"{_where_from(world, loss_of_stream, batches)}; stopped before the update, the weights are those of step "
+            f"{step - 1}. Start a new run with a lower optimizer.learning_rate or more schedule.warmup_steps; "
+            "model.path can be the last checkpoint of this one"
         )
-    if max_grad_norm is not None:
-        clip_grads_with_norm_(trained, max_grad_norm, norm)
+    if max_grad_norm is not None and grad_norm > max_grad_norm:
+        torch._foreach_mul_(gradients, max_grad_norm / (grad_norm + 1e-6))
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    n_real = sum(batch.num_real_tokens for batch in batches)
     return StepResult(loss, n_scored, n_real, grad_norm, learning_rate, time.perf_counter() - started)
+
+
+def batch_seed(seed: int, step: int, stream: int) -> int:
+    """A seed of its own for every batch of a run, 63 bits."""
+    return int(np.random.SeedSequence((seed, step, stream)).generate_state(1, np.uint64)[0] >> 1)
+
+
+def _where_from(world: World, loss_of_stream: Sequence[float], batches: Sequence[Batch]) -> str:
+    """Which batches are to blame, and of which documents they are where that is known; "" where only gradients are."""
+    bad = [stream for stream, loss in enumerate(loss_of_stream) if not isfinite(loss)]
+    if not bad:
+        return ""
+    streams = world.streams(len(loss_of_stream))
+    own = {
+        n: getattr(batch, "documents", None) for n, batch in zip(streams, batches, strict=True) if n in bad
+    }
+    documents = {stream: known for part in world.gather(own) for stream, known in part.items()}
+    named = [str(n) if documents[n] is None else f"{n} (documents {documents[n]})" for n in bad]
+    return f", from batch {', '.join(named)} of 0 to {len(loss_of_stream) - 1}"
