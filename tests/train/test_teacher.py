@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from tests.train.ranks import on_ranks
 from tests.train.tiny_run import BOS, EOS, TEXTS, VOCAB, data_config, recipe
 from tests.train.tiny_teacher import next_token_distributions, save_donor, student
 from twofold.checkpoint.save import save
@@ -239,6 +240,18 @@ def test_refused_teachers(tmp_path):
 def test_wrong_settings(given, message):
     with pytest.raises(ValueError, match=message):
         DistillationConfig(**given)
+
+
+def distilled(run):
+    return train(run).losses
+
+
+def test_ranks_share_a_teacher(tmp_path):
+    save_donor(tmp_path / "donor")
+    run = recipe(tmp_path, distillation={"teacher": str(tmp_path / "donor")}, steps=2)
+    one = train(run.model_copy(update={"output": str(tmp_path / "one")})).losses
+    for losses in on_ranks(distilled, 2, run):
+        assert losses == pytest.approx(one, rel=1e-5)
 
 
 def test_a_recipe_with_a_teacher_runs_and_resumes_to_the_same_losses(tmp_path):

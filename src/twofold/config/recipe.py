@@ -142,7 +142,8 @@ class TrainSettings(Config):
     """Older ones are removed once a new one is complete."""
 
     average_last: int | None = Field(default=None, ge=2)
-    """Write the mean of the last so many checkpoints as model-average/ at the end of the run (T5Gemma 2: 5)."""
+    """Write the mean of the last so many checkpoints as model-average/ at the end of the run (T5Gemma 2: 5). One that a
+    stop made counts like any other."""
 
     ema_decay: float | None = Field(default=None, ge=0, lt=1)
     """Keep a moving average of the weights: share of the old average in each step. It is evaluated beside the weights,

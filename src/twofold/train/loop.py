@@ -13,12 +13,14 @@ import torch
 from twofold.config.recipe import TrainSettings
 from twofold.data import Batch
 from twofold.models import EncoderDecoder
+from twofold.train.averaging import AverageWeights, average_checkpoints
 from twofold.train.blocks import checkpoint_activations, compile_blocks, restore_blocks
 from twofold.train.callbacks import Callback, RunStart, TrainResult
 from twofold.train.checkpointing import (
     CheckpointSaver,
     TrainerState,
     changed_settings,
+    last_checkpoints,
     latest_checkpoint,
     read_state,
     restore_checkpoint,
@@ -40,6 +42,7 @@ FREE_TO_CHANGE = frozenset(
         "save_every",
         "log_every",
         "keep_checkpoints",
+        "average_last",
         "output",
         "tensorboard",
         "activation_checkpointing",
@@ -94,8 +97,9 @@ def fit(
 ) -> TrainResult:
     """Train a model that is in memory.
 
-    Writes into `output`: metrics.jsonl, loss.png, tensorboard/, checkpoints/, and at the end model/. The
-    first SIGTERM or SIGINT, on any rank, lets the current step end, saves a checkpoint and returns.
+    Writes into `output`: metrics.jsonl, loss.png, tensorboard/, checkpoints/, and at the end model/, with model-ema/
+    and model-average/ where the settings ask for them. The first SIGTERM or SIGINT, on any rank, lets the current
+    step end, saves a checkpoint and returns.
 
     Args:
         model: float32; trained in place, on the device of the settings, and left there in eval mode.
@@ -137,7 +141,10 @@ def fit(
         for callback in trainer.callbacks:
             cleanup.callback(callback.close)
         if checkpoint is not None:
-            restore_checkpoint(checkpoint, model, trainer.optimizer, trainer.parameters, state, world)
+            averages = None if trainer.average is None else trainer.average.tensors
+            restore_checkpoint(
+                checkpoint, model, trainer.optimizer, trainer.parameters, state, world, averages
+            )
             train_loader.load_state_dict(state.loader)
         return trainer.run(cleanup.enter_context(stop_on_signals()), checkpoint)
 
@@ -225,6 +232,9 @@ class Trainer:
         if settings.cross_attention_warmup_steps:
             self._cross_attention = cross_attention_names(model, self.parameters)
         self.optimizer = new_optimizer(model, self.parameters, settings.optimizer)
+        self.average: AverageWeights | None = None
+        if settings.ema_decay is not None:
+            self.average = AverageWeights(dict(model.named_parameters()), settings.ema_decay)
         self._train_loader = train_loader
         self._held_out_loader = held_out_loader
         self._settings = settings
@@ -310,6 +320,8 @@ class Trainer:
             world=self._world,
             reduce_every_batch=settings.reduce_every_batch,
         )
+        if self.average is not None:
+            self.average.update()
         self._state.step = step
         self._state.losses.append(result.loss)
         self._state.tokens += result.real_tokens
@@ -322,6 +334,12 @@ class Trainer:
         self._state.held_out.append((self._state.step, evaluation.loss))
         for callback in self.callbacks:
             callback.on_evaluation(self._state.step, evaluation)
+        if self.average is None:
+            return
+        with self.average.swapped():
+            evaluation = evaluate(self.module, self._held_out_loader.one_pass(), self._world)
+        for callback in self.callbacks:
+            callback.on_average_evaluation(self._state.step, evaluation)
 
     def _save(self) -> Path:
         """Begin a checkpoint; it is complete after `_await_save`."""
@@ -329,7 +347,8 @@ class Trainer:
         parts = self._world.gather(self._train_loader.state_dict())
         streams = {name: stream for part in parts for name, stream in part["streams"].items()}
         self._state.loader = {**parts[0], "streams": streams}
-        return self._saver.start(self.model, self.optimizer, self.parameters, self._state)
+        averages = None if self.average is None else self.average.tensors
+        return self._saver.start(self.model, self.optimizer, self.parameters, self._state, averages)
 
     def _await_save(self) -> None:
         path = self._saver.wait()
@@ -342,6 +361,7 @@ class Trainer:
         if is_finished:
             model_path = self._output / "model"  # an older one is this run's own, from before `steps` grew
             save_model(self.model, model_path, self._world)
+            self._save_averages()
         result = TrainResult(
             output=self._output,
             step=self._state.step,
@@ -356,6 +376,20 @@ class Trainer:
         for callback in self.callbacks:
             callback.on_end(result)
         return result
+
+    def _save_averages(self) -> None:
+        """The moving average, and the mean of the last checkpoints, as models beside the last weights."""
+        if self.average is not None:
+            with self.average.swapped():
+                save_model(self.model, self._output / "model-ema", self._world)
+        n_last = self._settings.average_last
+        if n_last is not None:
+            # The others wait, so that the run is over when it returns anywhere.
+            self._world.from_main(
+                lambda: average_checkpoints(
+                    last_checkpoints(self._output, n_last), self._output / "model-average", overwrite=True
+                )
+            )
 
     def _announce(self) -> None:
         run = RunStart(
