@@ -7,6 +7,7 @@ from tests.train.conftest import one_thread  # noqa: F401
 from tests.train.test_loop import StopAfter
 from tests.train.tiny_run import recipe
 from twofold.cli import train as module
+from twofold.cli.console import note, print_json
 from twofold.cli.train import train_command
 
 
@@ -54,6 +55,23 @@ def test_a_stopped_run_says_how_to_go_on(recipe_file, monkeypatch, capsys):
     printed = capsys.readouterr()
     assert printed.out == ""
     assert "going on after step 1" in printed.err
+
+
+def test_several_ranks_are_told_to_go_on_as_several(monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    line = module._resume_line("my recipe.yaml", ["steps=9"])
+    assert line == "torchrun --nproc-per-node 4 -m twofold.cli train 'my recipe.yaml' steps=9 --resume"
+
+
+def test_only_rank_0_speaks(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "1")
+    note("hello")
+    print_json({"a": 1})
+    assert capsys.readouterr() == ("", "")
+    monkeypatch.setenv("RANK", "0")
+    note("hello")
+    print_json({"a": 1})
+    assert capsys.readouterr() == ('{"a": 1}\n', "hello\n")
 
 
 def test_errors_come_out_as_they_are(recipe_file, tmp_path):

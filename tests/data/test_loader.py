@@ -231,15 +231,17 @@ def test_epochs_without_weights(tokenizer, num_streams):
 
 def test_a_mixture_resumes(tokenizer):
     sources = [(DOCUMENTS, {"weight": 1, "epochs": 3}), (DOCUMENTS[::-1], {"weight": 3})]
-    straight = mixture(tokenizer, sources, num_streams=2)
-    for _ in range(5):
-        straight.next_step()
-    state = json.loads(json.dumps(straight.state_dict()))
-    resumed = mixture(tokenizer, sources, num_streams=2)
-    resumed.load_state_dict(state)
-    for _ in range(5):
-        expected = [as_lists(batch) for batch in straight.next_step()]
-        assert [as_lists(batch) for batch in resumed.next_step()] == expected
+    changes = {"num_streams": 2, "packing": False, "rows_per_batch": 1}
+    straight = mixture(tokenizer, sources, **changes)
+    states, steps = [], []
+    for _ in range(12):
+        states.append(json.loads(json.dumps(straight.state_dict())))
+        steps.append([as_lists(batch) for batch in straight.next_step()])
+    for position, state in enumerate(states):
+        resumed = mixture(tokenizer, sources, **changes)
+        resumed.load_state_dict(state)
+        got = [[as_lists(batch) for batch in resumed.next_step()] for _ in range(12 - position)]
+        assert got == steps[position:]
 
 
 def text_of(tokenizer, batch, row):
@@ -551,3 +553,12 @@ def test_single_tokens_left_over_are_dropped(tokenizer):
     assert not only.ends
     _, last = examples(tokenizer, {"text": "x" * 32})
     assert (len(last.source) + len(last.decoder_prefix) + len(last.target), last.ends) == (3, True)
+
+
+def test_a_rest_of_one_token_joins_the_example_before(tokenizer):
+    halves = {"name": "ul2", "denoisers": [({"kind": "suffix", "noise_density": 0.5}, 1)] * 2}
+    # Two denoisers of 30 tokens each share a unit; 31 letters are 29 and 2, not 30 and a lost one.
+    first, last = examples(tokenizer, {"text": "x" * 31}, halves)
+    lengths = [len(e.source) + len(e.decoder_prefix) + len(e.target) for e in (first, last)]
+    assert lengths == [29, 2 + 1]  # and a stop token
+    assert (first.ends, last.ends) == (False, True)

@@ -1,16 +1,18 @@
-from dataclasses import replace
+import itertools
+from dataclasses import fields, replace
 
 import pytest
 import torch
 
 from tests.train.tiny_run import BOS, PAD, loader, tiny_model
 from twofold.config.recipe import OptimizerConfig
-from twofold.data import Example, collate
+from twofold.data import Batch, Example, collate
 from twofold.train import LossModule, NonFiniteError, token_loss, train_step
 from twofold.train import step as step_module
 from twofold.train.loss import SparseTeacher
 from twofold.train.optimizer import new_optimizer, trainable_parameters
 from twofold.train.step import scored_positions
+from twofold.train.world import ONE_PROCESS
 
 
 def setup(learning_rate=1e-2):
@@ -193,3 +195,23 @@ def test_a_teacher_is_asked_in_training_and_not_in_evaluation():
     assert asked == []
     assert module.train()(batch, scored).item() != plain
     assert torch.equal(asked[0], scored)
+
+
+class Known(Batch):
+    """A batch that knows where it comes from."""
+
+    documents = ("corpus.jsonl 17",)
+
+
+def test_a_bad_batch_is_named_with_its_documents():
+    batch = next(loader(tiny_model()))
+    known = Known(**{field.name: getattr(batch, field.name) for field in fields(batch)})
+    said = step_module._where_from(ONE_PROCESS, [1.0, float("inf"), float("nan")], [batch, known, batch])
+    assert said == ", from batch 1 (documents ('corpus.jsonl 17',)), 2 of 0 to 2"
+    assert step_module._where_from(ONE_PROCESS, [1.0], [batch]) == ""
+
+
+def test_every_batch_draws_from_its_own_seed():
+    seeds = {step_module.batch_seed(*at) for at in itertools.product(range(3), repeat=3)}
+    assert len(seeds) == 27
+    assert max(seeds) < 2**63

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import warnings
 
 import typer
 
 from twofold.cli import adapt, average, generate, inspect, train
-from twofold.cli.console import fail, note
-from twofold.train import NonFiniteError
+from twofold.cli.console import fail, is_main, note
+from twofold.train import CheckpointError, NonFiniteError, OtherRankError
 
 app = typer.Typer(
     name="twofold",
@@ -33,8 +34,26 @@ def main() -> None:
     try:
         app()
     except (ValueError, OSError, ImportError, NonFiniteError) as error:
-        fail(str(error))
+        if is_main() or not isinstance(
+            error, (NonFiniteError, CheckpointError)
+        ):  # these all ranks have together
+            fail(_text(error))
         sys.exit(2)
+    except OtherRankError as error:
+        fail(_text(error))
+        sys.exit(1)
     except KeyboardInterrupt:
         fail("interrupted")
         sys.exit(130)
+    except Exception as error:
+        if (
+            "RANK" in os.environ
+        ):  # the traceback follows; among those of many ranks this is the line to look for
+            fail(f"{type(error).__name__}: {_text(error)}")
+        raise
+
+
+def _text(error: Exception) -> str:
+    """With where it happened, which a run of several ranks notes."""
+    notes = getattr(error, "__notes__", [])
+    return f"{error} ({'; '.join(notes)})" if notes else str(error)

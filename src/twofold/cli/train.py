@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from twofold.cli.console import err, note, print_json
+from twofold.cli.console import err, is_main, note, print_json
 from twofold.cli.distill_targets import distill_targets
 from twofold.config.recipe import Recipe, load_recipe, read_content
 from twofold.train import TrainResult, progress_for, train
@@ -27,7 +28,10 @@ def train_command(
         bool, typer.Option("--json", help="Print the result as one JSON object, as last line.")
     ] = False,
 ) -> None:
-    """Train an encoder-decoder as a recipe says; Ctrl-C or SIGTERM saves and stops, --resume goes on."""
+    """Train an encoder-decoder as a recipe says; Ctrl-C or SIGTERM saves and stops, --resume goes on.
+
+    On several devices: torchrun --nproc-per-node 8 -m twofold.cli train RECIPE.
+    """
     if read_content(recipe, overrides or ()).get("stage") == "distill-targets":
         distill_targets(recipe, overrides or (), json=json)
         return
@@ -37,7 +41,7 @@ def train_command(
         "positions"
     )
     note(f"loading model and data; results go to {run.output}")
-    result = train(run, resume=resume, callbacks=[progress_for(err)])
+    result = train(run, resume=resume, callbacks=[progress_for(err)] if is_main() else [])
     if result.is_finished:
         note(f"wrote {result.model_path} (the model) and {result.output / 'metrics.jsonl'}")
     else:
@@ -58,7 +62,17 @@ def _model_name(recipe: Recipe) -> str:
 
 
 def _resume_line(recipe: Path, overrides: Sequence[str]) -> str:
-    return shlex.join(["twofold", "train", str(recipe), *overrides, "--resume"])
+    command = ["twofold", "train"]
+    if "LOCAL_WORLD_SIZE" in os.environ:
+        command = [
+            "torchrun",
+            "--nproc-per-node",
+            os.environ["LOCAL_WORLD_SIZE"],
+            "-m",
+            "twofold.cli",
+            "train",
+        ]
+    return shlex.join([*command, str(recipe), *overrides, "--resume"])
 
 
 def _summary(result: TrainResult) -> dict[str, Any]:

@@ -124,6 +124,7 @@ def start_world(settings: TrainSettings) -> Iterator[World]:
     """Join the other processes that `torchrun` started; alone, where it did not.
 
     Raises:
+        OtherRankError: a collective failed because another rank is lost.
         ValueError: device, replicas and batches of the settings do not fit the number of processes.
     """
     size, rank, local_rank = (int(os.environ.get(n, d)) for n, d in _ENVIRONMENT)
@@ -138,6 +139,19 @@ def start_world(settings: TrainSettings) -> Iterator[World]:
     if size == 1:
         yield World(device=device)
         return
+    try:
+        yield _join(settings, rank, size, device)
+    except RuntimeError as error:
+        if is_lost_rank(error):
+            raise OtherRankError(
+                f"rank {rank} stopped, because another rank failed or does not answer"
+            ) from None
+        raise
+    # Not after an error: it would wait for ranks that no longer answer, and the process is about to end.
+    dist.destroy_process_group()
+
+
+def _join(settings: TrainSettings, rank: int, size: int, device: torch.device) -> World:
     is_cuda = device.type == "cuda"
     if is_cuda:
         torch.cuda.set_device(device)
@@ -146,18 +160,13 @@ def start_world(settings: TrainSettings) -> Iterator[World]:
         timeout=timedelta(seconds=settings.collective_timeout_s),
         device_id=device if is_cuda else None,
     )
-    try:
-        shape = (size,) if replicas == 1 else (replicas, size // replicas)
-        names = ("shard",) if replicas == 1 else ("replicate", "shard")
-        mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
-        host_mesh = init_device_mesh("cpu", shape, mesh_dim_names=names) if is_cuda else mesh
-        groups = [dist.new_group(backend="gloo") for _ in range(2)]
-        yield World(rank, size, device, mesh, host_mesh, *groups)
-    except BaseException:
-        # Not destroyed in order: that would wait for ranks that no longer answer. The process is about to end.
-        raise
-    else:
-        dist.destroy_process_group()
+    replicas = settings.data_parallel_replicas
+    shape = (size,) if replicas == 1 else (replicas, size // replicas)
+    names = ("shard",) if replicas == 1 else ("replicate", "shard")
+    mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
+    host_mesh = init_device_mesh("cpu", shape, mesh_dim_names=names) if is_cuda else mesh
+    host_group, writer_group = (dist.new_group(backend="gloo") for _ in range(2))
+    return World(rank, size, device, mesh, host_mesh, host_group, writer_group)
 
 
 _ENVIRONMENT = (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0))

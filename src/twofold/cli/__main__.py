@@ -1,0 +1,5 @@
+"""`python -m twofold.cli`, which is what torchrun starts."""
+
+from twofold.cli import main
+
+main()
