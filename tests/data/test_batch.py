@@ -26,7 +26,10 @@ def test_tensors_by_hand():
     assert batch.labels.tolist() == [[20, 21, 1, -100, 22], [23, -100, -100, -100, -100]]
     assert batch.num_scored_tokens == 5
     assert batch.num_real_tokens == 4 + 6
-    assert all(getattr(batch, f).dtype == torch.int64 for f in batch.__dataclass_fields__)
+    tensors = {name: getattr(batch, name) for name in batch.__dataclass_fields__}
+    assert all((t is None) == name.startswith("teacher_") for name, t in tensors.items())
+    assert all(t is None or t.dtype == torch.int64 for t in tensors.values())
+    assert batch.to("cpu").teacher_index is None
 
 
 def test_fixed_lengths():

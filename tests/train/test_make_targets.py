@@ -211,6 +211,11 @@ def test_several_processes_divide_the_shards(tmp_path, monkeypatch):
     assert second.is_complete
     assert first.num_shards + second.num_shards == second.num_shards_of_all
     assert files(tmp_path / "parts") == files(tmp_path / "targets")
+    make_targets(targets_recipe(tmp_path, method="sample", k=8, seed=1, output=str(tmp_path / "other")))
+    other, same = (files(tmp_path / name) for name in ("other", "targets"))
+    # Each unit has draws of its own, by the seed of the run.
+    name = "shard-000000/ids.npy"
+    assert other[name] != same[name]
 
 
 def test_a_killed_run_goes_on_to_the_same_files(tmp_path):
