@@ -5,9 +5,11 @@ import pytest
 import yaml
 
 import twofold
-from twofold.config.recipe import AdaptConfig, Recipe, load_recipe
+from twofold.config.recipe import AdaptConfig, Recipe, load_recipe, read_recipe
+from twofold.config.targets import TargetsRecipe
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
+STORED = [path for path in RECIPES if "distill-targets" in path.stem]
 BASE = {
     "stage": "pretrain",
     "model": {"path": "start"},
@@ -27,15 +29,72 @@ def written(tmp_path, **changes):
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_every_recipe_is_valid(path, tmp_path, monkeypatch, recwarn):
     monkeypatch.setenv("TWOFOLD_DATA", str(tmp_path))
-    recipe = load_recipe(path)
+    if path in STORED:
+        recipe = read_recipe(TargetsRecipe, path)
+    else:
+        recipe = load_recipe(path)
+        overrides = [
+            "steps=2",
+            "schedule.warmup_steps=0",
+            "cross_attention_warmup_steps=0",
+            "average_last=null",
+        ]
+        assert load_recipe(path, overrides).steps == 2
     assert recipe.data.sources[0].path.startswith(f"{tmp_path}/")
-    assert recipe.model.adapt.encoder == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    donors = ("HuggingFaceTB/SmolLM2-135M-Instruct", "google/gemma-")
+    assert recipe.model.adapt.encoder.startswith(donors)
     assert not recwarn.list
-    assert load_recipe(path, ["steps=2", "schedule.warmup_steps=0"]).steps == 2
 
 
 def test_there_are_recipes():
-    assert {path.stem for path in RECIPES} >= {"smollm2-prefixlm", "smollm2-ul2", "smollm2-summarise"}
+    assert {path.stem for path in RECIPES} >= {
+        "smollm2-prefixlm",
+        "smollm2-ul2",
+        "smollm2-summarise",
+        "smollm2-prefixlm-kd",
+        "smollm2-t5gemma2",
+        "smollm2-distill-targets",
+        "t5gemma-2b-2b-prefixlm-kd",
+        "t5gemma-9b-2b-prefixlm-kd",
+        "t5gemma-2b-2b-ul2",
+        "t5gemma2-270m-ul2",
+    }
+
+
+def test_the_papers_numbers():
+    two, nine, ul2, second = (
+        load_recipe(RECIPES[0].parent / f"{name}.yaml", ["data.sources=[{path: a.txt}]"])
+        for name in (
+            "t5gemma-2b-2b-prefixlm-kd",
+            "t5gemma-9b-2b-prefixlm-kd",
+            "t5gemma-2b-2b-ul2",
+            "t5gemma2-270m-ul2",
+        )
+    )
+    # 4.2M tokens a step and 2T in all.
+    assert {recipe.positions_per_step for recipe in (two, nine, ul2, second)} == {4_194_304}
+    assert all(abs(r.steps * r.positions_per_step / 2e12 - 1) < 1e-5 for r in (two, nine, ul2, second))
+    assert nine.cross_attention_warmup_steps == 1000
+    assert (nine.model.adapt.encoder, nine.model.adapt.decoder) == ("google/gemma-2-9b", "google/gemma-2-2b")
+    assert two.distillation.share == nine.distillation.share == 1.0
+    assert ul2.distillation is second.distillation is None
+    assert (second.average_last, second.save_every, second.schedule.warmup_steps) == (5, 10_000, 100)
+    assert (second.max_grad_norm, second.model.adapt.layout) == (1.0, "merged")
+
+
+def test_a_mean_of_checkpoints_needs_them(tmp_path):
+    with pytest.raises(ValueError, match=r"average_last=3 needs .* keep_checkpoints is 2; raise it"):
+        load_recipe(written(tmp_path, average_last=3, save_every=1))
+    with pytest.raises(ValueError, match=r"10 steps with save_every=4 give 3; lower save_every"):
+        load_recipe(written(tmp_path, average_last=4, keep_checkpoints=4, save_every=4))
+    with pytest.raises(ValueError, match=r"save_every=None give 1"):
+        load_recipe(written(tmp_path, average_last=2))
+    assert load_recipe(written(tmp_path, average_last=3, keep_checkpoints=3, save_every=4)).average_last == 3
+
+
+def test_a_recipe_of_targets_is_no_run(tmp_path):
+    with pytest.raises(ValueError, match=r"stage 'distill-targets' .*twofold train"):
+        load_recipe(written(tmp_path, stage="distill-targets"))
 
 
 def test_defaults(tmp_path):
@@ -110,6 +169,7 @@ def test_a_whole_list_item_can_be_replaced(tmp_path):
         ({"model": {"adapt": {"encoder": "b"}, "skip_vision": True}}, r"skip_vision"),
         ({"stage": "sft"}, r"stage 'sft' needs data.objective.name 'supervised', got 'prefix_lm'"),
         ({"stage": "dpo"}, r"stage: .*'pretrain' or 'sft'"),
+        ({"distillation": {}}, r"distillation: .*exactly one of teacher and targets, got neither"),
         ({"output": ""}, r"output must name a folder"),
     ],
 )

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -26,7 +28,10 @@ def test_tensors_by_hand():
     assert batch.labels.tolist() == [[20, 21, 1, -100, 22], [23, -100, -100, -100, -100]]
     assert batch.num_scored_tokens == 5
     assert batch.num_real_tokens == 4 + 6
-    assert all(getattr(batch, f).dtype == torch.int64 for f in batch.__dataclass_fields__)
+    tensors = {name: getattr(batch, name) for name in batch.__dataclass_fields__}
+    assert all((t is None) == name.startswith("teacher_") for name, t in tensors.items())
+    assert all(t is None or t.dtype == torch.int64 for t in tensors.values())
+    assert batch.to("cpu").teacher_index is None
 
 
 def test_fixed_lengths():
@@ -53,8 +58,9 @@ def test_nothing_to_score():
 
 
 def test_to_moves_every_tensor():
-    assert all(t.device.type == "meta" for t in _tensors(collate([ONE], 0).to("meta")))
-
-
-def _tensors(batch):
-    return [getattr(batch, name) for name in batch.__dataclass_fields__]
+    names = list(collate([ONE], 0).__dataclass_fields__)
+    full = replace(
+        collate([ONE], 0), **{name: torch.zeros(1) for name in names if name.startswith("teacher_")}
+    )
+    moved = full.to("meta")
+    assert all(getattr(moved, name).device.type == "meta" for name in names)

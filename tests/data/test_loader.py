@@ -64,7 +64,8 @@ def loader(tokenizer, *args, records=DOCUMENTS, convention=LOSSLESS, num_streams
 
 
 def as_lists(batch):
-    return [getattr(batch, name).tolist() for name in batch.__dataclass_fields__]
+    tensors = [getattr(batch, name) for name in batch.__dataclass_fields__]
+    return [tensor.tolist() for tensor in tensors if tensor is not None]
 
 
 OBJECTIVES = [

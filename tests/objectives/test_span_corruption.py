@@ -122,7 +122,7 @@ def test_restore_is_the_inverse(tokens, density, mean, seed):
         rng=np.random.default_rng(seed),
     )
     assert (len(pair.source), len(pair.target)) == lengths_after(len(tokens), density, mean)
-    assert restore(*pair, SENTINELS).tolist() == tokens
+    assert restore(pair.source, pair.target, SENTINELS).tolist() == tokens
 
 
 @settings(max_examples=60, deadline=None)

@@ -149,9 +149,13 @@ def same_tokenizer(a: Checkpoint, b: Checkpoint) -> str | None:
             f"{without.name} has no tokenizer files to compare with those of {with_files.name}; if it is "
             "the same tokenizer, copy the files there"
         )
-    tokenizer_a, tokenizer_b = _load_tokenizer(a), _load_tokenizer(b)
-    return _vocabulary_difference(a.name, tokenizer_a.get_vocab(), b.name, tokenizer_b.get_vocab()) or (
-        _merges_difference(a.name, _merges(tokenizer_a), b.name, _merges(tokenizer_b))
+    return tokenizer_difference(a.name, _load_tokenizer(a), b.name, _load_tokenizer(b))
+
+
+def tokenizer_difference(name_a: str, tokenizer_a: Any, name_b: str, tokenizer_b: Any) -> str | None:
+    """`same_tokenizer` for tokenizers that are loaded; the names are for the reason."""
+    return _vocabulary_difference(name_a, tokenizer_a.get_vocab(), name_b, tokenizer_b.get_vocab()) or (
+        _merges_difference(name_a, _merges(tokenizer_a), name_b, _merges(tokenizer_b))
     )
 
 

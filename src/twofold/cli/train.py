@@ -11,7 +11,8 @@ from typing import Annotated, Any
 import typer
 
 from twofold.cli.console import err, is_main, note, print_json
-from twofold.config.recipe import Recipe, load_recipe
+from twofold.cli.distill_targets import distill_targets
+from twofold.config.recipe import Recipe, load_recipe, read_content
 from twofold.train import TrainResult, progress_for, train
 
 
@@ -31,6 +32,9 @@ def train_command(
 
     On several devices: torchrun --nproc-per-node 8 -m twofold.cli train RECIPE.
     """
+    if read_content(recipe, overrides or ()).get("stage") == "distill-targets":
+        distill_targets(recipe, overrides or (), json=json)
+        return
     run = load_recipe(recipe, overrides or ())
     note(
         f"{run.stage} of {_model_name(run)} with {recipe}: {run.steps:,} steps of {run.positions_per_step:,} "

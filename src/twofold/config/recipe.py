@@ -7,13 +7,14 @@ import re
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeVar
 
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from twofold.config.base import Config
 from twofold.config.data import DataConfig
+from twofold.config.distillation import DistillationConfig
 from twofold.config.model import EncoderMask
 
 
@@ -140,6 +141,14 @@ class TrainSettings(Config):
     keep_checkpoints: int = Field(default=2, ge=1)
     """Older ones are removed once a new one is complete."""
 
+    average_last: int | None = Field(default=None, ge=2)
+    """Write the mean of the last so many checkpoints as model-average/ at the end of the run (T5Gemma 2: 5). One that a
+    stop made counts like any other."""
+
+    ema_decay: float | None = Field(default=None, ge=0, lt=1)
+    """Keep a moving average of the weights: share of the old average in each step. It is evaluated beside the weights,
+    and written as model-ema/ at the end."""
+
     seed: int = Field(default=0, ge=0)
     """Of dropout; the data has a seed of its own."""
 
@@ -180,6 +189,23 @@ class TrainSettings(Config):
                 raise ValueError(f"{name} ({value}) must not be more than steps ({self.steps})")
         return self
 
+    @model_validator(mode="after")
+    def _checkpoints_suffice(self) -> Self:
+        if self.average_last is None:
+            return self
+        if self.keep_checkpoints < self.average_last:
+            raise ValueError(
+                f"average_last={self.average_last} needs as many checkpoints at the end, but keep_checkpoints is "
+                f"{self.keep_checkpoints}; raise it"
+            )
+        num_saved = 1 if self.save_every is None else -(-self.steps // self.save_every)
+        if num_saved < self.average_last:
+            raise ValueError(
+                f"average_last={self.average_last} needs as many checkpoints, but {self.steps} steps with "
+                f"save_every={self.save_every} give {num_saved}; lower save_every"
+            )
+        return self
+
 
 class Recipe(TrainSettings):
     """A run that `twofold train` can do."""
@@ -189,6 +215,9 @@ class Recipe(TrainSettings):
 
     model: ModelConfig
     data: DataConfig
+
+    distillation: DistillationConfig | None = None
+    """Who teaches. null: the data alone."""
 
     output: str
     """Folder of the run; must not exist yet, unless the run is resumed."""
@@ -221,8 +250,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe.
 
     Args:
-        path: a YAML file. In `path`, `output`, `encoder`, `decoder` and `cache`, `${NAME}` stands for an environment
-            variable. Relative paths start from the working directory.
+        path: a YAML file. In `path`, `output`, `encoder`, `decoder`, `cache`, `teacher` and `targets`, `${NAME}` stands
+            for an environment variable. Relative paths start from the working directory.
         overrides: `key=value` with a dotted key (`optimizer.learning_rate=1e-4`, `data.sources.0.path=a.txt`) and a
             YAML value; later ones win.
 
@@ -230,6 +259,41 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         FileNotFoundError: no such file.
         ValueError: not YAML, a key twice, an unknown or missing key, a wrong value, a variable that is not set; names
             the file and the key.
+    """
+    content = read_content(path, overrides)
+    if content.get("stage") == "distill-targets":
+        raise ValueError(
+            f"{path}: stage 'distill-targets' stores predictions and trains nothing; start it with `twofold train`, or "
+            "read it as a twofold.config.targets.TargetsRecipe"
+        )
+    return _checked(Recipe, path, content)
+
+
+Kind = TypeVar("Kind", bound=Config)
+
+
+def read_recipe(kind: type[Kind], path: str | Path, overrides: Sequence[str] = ()) -> Kind:
+    """`load_recipe` for another kind of run."""
+    return _checked(kind, path, read_content(path, overrides))
+
+
+def _checked(kind: type[Kind], path: str | Path, content: Mapping[str, Any]) -> Kind:
+    try:
+        return kind.model_validate(content)
+    except ValidationError as error:
+        problems = [
+            f"{'.'.join(map(str, e['loc'])) or 'recipe'}: {e['msg'].removeprefix('Value error, ')}"
+            + ("" if e["type"] in ("missing", "value_error") else f", got {e['input']!r}")
+            for e in error.errors()
+        ]
+        raise ValueError(f"{path}: " + "; ".join(problems)) from error
+
+
+def read_content(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """What a recipe's file says, with overrides and environment variables put in; not checked yet.
+
+    Raises:
+        FileNotFoundError, ValueError: see `load_recipe`.
     """
     path = Path(path)
     if not path.is_file():
@@ -242,15 +306,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise ValueError(f"{path} must hold keys and values, got {type(content).__name__}")
     for override in overrides:
         _apply(content, override)
-    try:
-        return Recipe.model_validate(_expanded(content, path, ""))
-    except ValidationError as error:
-        problems = [
-            f"{'.'.join(map(str, e['loc'])) or 'recipe'}: {e['msg'].removeprefix('Value error, ')}"
-            + ("" if e["type"] in ("missing", "value_error") else f", got {e['input']!r}")
-            for e in error.errors()
-        ]
-        raise ValueError(f"{path}: " + "; ".join(problems)) from error
+    expanded: dict[str, Any] = _expanded(content, path, "")
+    return expanded
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -299,7 +356,7 @@ def _item(at: Any, name: str, override: str) -> Any:
     raise ValueError(f"override {override!r}: there is no key {name!r}; the recipe has {held} there")
 
 
-_PATH_KEYS = ("path", "output", "encoder", "decoder", "cache")
+_PATH_KEYS = ("path", "output", "encoder", "decoder", "cache", "teacher", "targets")
 
 
 def _expanded(value: Any, file: Path, key: str) -> Any:

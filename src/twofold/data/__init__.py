@@ -4,7 +4,7 @@ from twofold.data.batch import IGNORE_INDEX, Batch, collate
 from twofold.data.build import BuildProgress, build_store
 from twofold.data.chat import messages_to_example, prompt_inputs
 from twofold.data.convention import Convention, Example, example_from_prompt, make_example
-from twofold.data.examples import required_sentinels
+from twofold.data.examples import longest_text, required_sentinels
 from twofold.data.loader import Loader
 from twofold.data.packing import Packer
 from twofold.data.prefetch import Prefetcher
@@ -31,6 +31,7 @@ __all__ = [
     "build_store",
     "collate",
     "example_from_prompt",
+    "longest_text",
     "make_example",
     "messages_to_example",
     "open_corpora",

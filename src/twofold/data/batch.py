@@ -5,6 +5,7 @@ B: rows. S: source positions. T: decoder positions.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -38,6 +39,22 @@ class Batch:
     labels: Tensor
     """int64 [B, T]: the token after each decoder input, IGNORE_INDEX where nothing is scored."""
 
+    # For a teacher only (`twofold.data.teaching`).
+    teacher_input_ids: Tensor | None = None
+    """int64 [B, R]: the raw texts of each row, for a language model."""
+
+    teacher_segment_ids: Tensor | None = None
+    """int64 [B, R]."""
+
+    teacher_index: Tensor | None = None
+    """int64 [B, T]: where in its row of `teacher_input_ids` a label is predicted, -1: nowhere."""
+
+    teacher_token_ids: Tensor | None = None
+    """int32 [N, K]: tokens that a teacher named for the scored labels, row by row."""
+
+    teacher_shares: Tensor | None = None
+    """float16 [N, K]: of its distribution; all 0 where it said nothing."""
+
     @property
     def num_scored_tokens(self) -> int:
         """Labels that count in the loss (waits for the device)."""
@@ -50,7 +67,11 @@ class Batch:
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch on a device."""
-        return Batch(**{f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)})
+        moved: dict[str, Any] = {}
+        for f in fields(self):
+            tensor = getattr(self, f.name)
+            moved[f.name] = None if tensor is None else tensor.to(device, non_blocking=True)
+        return Batch(**moved)
 
 
 def collate(
@@ -79,7 +100,8 @@ def collate(
     labels = _filled(target_shape, IGNORE_INDEX)
     for n, row in enumerate(rows):
         s = t = 0
-        for segment, (source, prefix, target, _) in enumerate(row, start=1):
+        for segment, example in enumerate(row, start=1):
+            source, prefix, target = example.source, example.decoder_prefix, example.target
             source_end, scored, target_end = (
                 s + len(source),
                 t + len(prefix) - 1,

@@ -16,6 +16,22 @@ IGNORE_INDEX = -100
 """Label of a position that is not scored."""
 
 
+class RawText(NamedTuple):
+    """The text an example was made of, for a teacher that reads it instead of source and target."""
+
+    tokens: Tokens
+    """int64 [R]: what a language model would read, without BOS where the example added one."""
+
+    origins: Tokens
+    """int64 [T]: which of these tokens each target token is; NOT_OF_THE_TEXT for sentinels and stop tokens."""
+
+    source: int = 0
+    """Number of the corpus in the run."""
+
+    start: int = 0
+    """Place of the first token in the corpus's store; `start + origins` are places of target tokens."""
+
+
 class Example(NamedTuple):
     """One example as the model sees it. S, P, T: tokens of source, decoder prefix, target."""
 
@@ -30,6 +46,9 @@ class Example(NamedTuple):
 
     ends: bool
     """The text ends here, so the target ends in a stop token."""
+
+    raw: RawText | None = None
+    """Kept where a teacher wants it."""
 
     @property
     def decoder_input_ids(self) -> Tokens:

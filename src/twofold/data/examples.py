@@ -6,9 +6,9 @@ import numpy as np
 import numpy.typing as npt
 
 from twofold.config.data import DataConfig, Denoiser
-from twofold.data.convention import Convention, Example, make_example
+from twofold.data.convention import Convention, Example, RawText, make_example
 from twofold.data.tokenize import Tokenizer, encode
-from twofold.objectives.pair import Tokens
+from twofold.objectives.pair import NOT_OF_THE_TEXT, Pair, Tokens
 from twofold.objectives.prefix_lm import prefix_lm, prefix_lm_raw_length, split_point
 from twofold.objectives.ul2 import (
     PRESETS,
@@ -42,6 +42,14 @@ def required_sentinels(tokenizer: Tokenizer, config: DataConfig, convention: Con
     if not mixture:
         return 0
     return sentinels_needed(mixture, _raw_lengths(config, convention, mixture, _mode_ids(tokenizer, mixture)))
+
+
+def longest_text(tokenizer: Tokenizer, config: DataConfig, convention: Convention) -> int:
+    """Tokens of the longest text that one example is made of, both sides together."""
+    if config.objective.name == "supervised":
+        return config.source_length + config.target_length
+    mixture = mixture_of(config)
+    return max(_raw_lengths(config, convention, mixture, _mode_ids(tokenizer, mixture)))
 
 
 def _mode_ids(tokenizer: Tokenizer, mixture: Mixture) -> dict[str, list[int]]:
@@ -83,14 +91,24 @@ class ExampleMaker:
         config: DataConfig,
         convention: Convention,
         sentinel_ids: Sequence[int] = (),
+        *,
+        keeps_raw: bool = False,
     ) -> None:
         """Check lengths and sentinels before anything is read.
+
+        Args:
+            tokenizer: writes mode tokens.
+            config: objective and lengths.
+            convention: of the model.
+            sentinel_ids: in order of use.
+            keeps_raw: examples carry the text they were made of, for a teacher.
 
         Raises:
             ValueError: rows too short for the objective, or too few sentinels (naming how many are needed).
         """
         self._config = config
         self._convention = convention
+        self._keeps_raw = keeps_raw
         self._sentinel_ids = tuple(dict.fromkeys(sentinel_ids))  # one id can stand for one span only
         self._mixture = mixture_of(config)
         self._mode_ids = _mode_ids(tokenizer, self._mixture)
@@ -153,11 +171,11 @@ class ExampleMaker:
             prefix_end = source_len + prefix_len
             return [self._fit(tokens[:source_len], tokens[source_len:prefix_end], tokens[prefix_end:])]
         if not self._is_random:
-            return [make_example(prefix_lm(tokens, len(tokens) // 2), self._convention, ends)]
+            return [self._made(prefix_lm(tokens, len(tokens) // 2), tokens, 0, ends)]
         rng = np.random.default_rng(seed)
         if not self._mixture:
             split = split_point(len(tokens), self._config.objective.split, rng)
-            return [make_example(prefix_lm(tokens, split), self._convention, ends)]
+            return [self._made(prefix_lm(tokens, split), tokens, 0, ends)]
         return self._denoised(tokens, ends, rng)
 
     def _denoised(self, tokens: Tokens, ends: bool, rng: np.random.Generator) -> list[Example]:
@@ -168,13 +186,25 @@ class ExampleMaker:
             length = min(self._raw_lengths[number], rest)
             if rest - length == 1 and length > 2:
                 length -= 1  # a single token could not be an example
-            pair = denoise(tokens[at : at + length], denoiser, self._sentinel_ids, rng, self._mode_ids)
+            piece, start = tokens[at : at + length], at
+            pair = denoise(piece, denoiser, self._sentinel_ids, rng, self._mode_ids)
             at += length
             # A list of spans is complete wherever the chunk was cut, so it always stops (T5 appends EOS to every
             # target).
             stops = denoiser.kind == "span" or (ends and at == len(tokens))
-            made.append(make_example(pair, self._convention, stops))
+            made.append(self._made(pair, piece, start, stops))
         return made
+
+    def _made(self, pair: Pair, tokens: Tokens, start: int, ends: bool) -> Example:
+        """The example of a pair; `tokens` is the text it was made of, `start` where that is in the unit."""
+        example = make_example(pair, self._convention, ends)
+        if not self._keeps_raw:
+            return example
+        assert pair.origins is not None
+        # A stop token was appended, which is no token of the text.
+        appended = np.full(len(example.target) - len(pair.target), NOT_OF_THE_TEXT)
+        origins = np.concatenate([pair.origins, appended])
+        return example._replace(raw=RawText(tokens, origins, start=start))
 
     def oversize(
         self,
@@ -190,10 +220,23 @@ class ExampleMaker:
 
     def _fit(self, source: Tokens, prefix: Tokens, target: Tokens) -> Example:
         """A supervised example, cut to the row: the end of the source and the start of the target stay."""
-        limit = self._config.source_length
+        limit, target_at = self._config.source_length, len(source) + len(prefix)
         if len(source) > limit:
             # The end stays: it holds the question and the header of the reply.
             num_bos = int(self._convention.source_bos)
             source = np.concatenate([source[:num_bos], source[len(source) - limit + num_bos :]])
         room = self._config.target_length - (len(prefix) - 1)
-        return Example(source, prefix, target[:room], len(target) <= room)
+        example = Example(source, prefix, target[:room], len(target) <= room)
+        return example._replace(raw=self._pair_text(example, target_at)) if self._keeps_raw else example
+
+    def _pair_text(self, example: Example, target_at: int) -> RawText:
+        """Source, what is given of the reply, and target, as a language model would read them."""
+        given = example.decoder_prefix
+        if self._convention.decoder_start == "bos":
+            given = given[1:]  # a start token, not text
+        tokens = np.concatenate([example.source, given, example.target])
+        first = len(example.source) + len(given)
+        origins = np.arange(first, len(tokens))
+        if example.ends:
+            origins[-1] = NOT_OF_THE_TEXT
+        return RawText(tokens, origins, start=target_at - first)

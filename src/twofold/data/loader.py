@@ -16,6 +16,7 @@ from twofold.data.convention import Convention, Example
 from twofold.data.examples import ExampleMaker
 from twofold.data.split import Corpus
 from twofold.data.stream import Group, LoaderCounts, Piece, Stream, Unit, Units, new_packer
+from twofold.data.teaching import Teaching
 from twofold.data.tokenize import Tokenizer
 
 _BLOCK = 512
@@ -34,6 +35,7 @@ class Loader(Iterator[Batch]):
         *,
         num_streams: int = 1,
         owned: Sequence[int] | None = None,
+        teaching: Teaching | None = None,
     ) -> None:
         """Check everything that can be checked before a run.
 
@@ -45,6 +47,7 @@ class Loader(Iterator[Batch]):
             sentinel_ids: in order of use; span corruption and UL2 (`required_sentinels`, `find_sentinels`).
             num_streams: batches of one step, over all ranks; each comes from a stream of its own.
             owned: the streams this loader gives. None: all.
+            teaching: adds to batches what a teacher needs.
 
         Raises:
             ValueError: no documents, none that gives an example, a pair longer than a row, rows too short for the
@@ -63,7 +66,8 @@ class Loader(Iterator[Batch]):
             raise ValueError(
                 f"streams are numbered 0 to num_streams - 1, got num_streams={num_streams} and owned={owned}"
             )
-        maker = ExampleMaker(tokenizer, config, convention, sentinel_ids)
+        self._teaching = teaching
+        maker = ExampleMaker(tokenizer, config, convention, sentinel_ids, keeps_raw=teaching is not None)
         self.truncated = self.skipped = 0
         """Supervised pairs longer than a row, by what is done with them in each epoch."""
         if maker.is_supervised:
@@ -232,9 +236,10 @@ class Loader(Iterator[Batch]):
 
         source = max(sum(len(example.source) for example in row) for row in rows)
         target = max(sum(example.decoder_length for example in row) for row in rows)
-        return collate(
+        batch = collate(
             rows,
             self._convention.pad_token_id,
             max(1, width(source, self._config.source_length)),
             width(target, self._config.target_length),
         )
+        return batch if self._teaching is None else self._teaching(rows, batch)

@@ -120,7 +120,17 @@ class Units:
             )
         except ValueError as error:
             raise ValueError(f"document {document} of {self.corpus.source.path}: {error}") from error
-        return [Piece(unit, number, example) for number, example in enumerate(examples)]
+        return [
+            Piece(unit, number, _located(example, self._number, start))
+            for number, example in enumerate(examples)
+        ]
+
+
+def _located(example: Example, source: int, start: int) -> Example:
+    """The same, its text located in the store; `start` is that of the unit."""
+    if example.raw is None:
+        return example
+    return example._replace(raw=example.raw._replace(source=source, start=start + example.raw.start))
 
 
 Placed: TypeAlias = tuple[Units, Unit, Place]

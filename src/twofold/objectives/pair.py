@@ -8,6 +8,9 @@ import numpy.typing as npt
 Tokens: TypeAlias = npt.NDArray[np.int64]
 """Token ids, int64 [length]."""
 
+NOT_OF_THE_TEXT = -1
+"""Origin of a token that was added."""
+
 
 class Pair(NamedTuple):
     """What an objective makes of one token sequence; the data pipeline adds BOS and stop tokens."""
@@ -17,3 +20,7 @@ class Pair(NamedTuple):
 
     target: Tokens
     """int64 [T]: the decoder predicts it."""
+
+    origins: Tokens | None = None
+    """int64 [T]: which token of the sequence each target token is, NOT_OF_THE_TEXT for a sentinel. None: the pair
+    was not made of one sequence."""

@@ -38,7 +38,7 @@ def prefix_lm(tokens: Tokens, split: int) -> Pair:
             f"split must leave a token on each side: 1..{len(tokens) - 1} for {len(tokens)} tokens, got "
             f"{split}"
         )
-    return Pair(tokens[:split], tokens[split:])
+    return Pair(tokens[:split], tokens[split:], np.arange(split, len(tokens)))
 
 
 def join(pair: Pair) -> Tokens:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from twofold.objectives.pair import Pair, Tokens
+from twofold.objectives.pair import NOT_OF_THE_TEXT, Pair, Tokens
 
 
 def num_noise_tokens(length: int, noise_density: float) -> int:
@@ -143,8 +143,10 @@ def span_corruption(
     starts_span = is_noise & ~np.concatenate([[False], is_noise[:-1]])
     source = tokens.copy()
     source[starts_span] = used
-    target = np.insert(tokens[is_noise], np.flatnonzero(starts_span[is_noise]), used)
-    return Pair(source[starts_span | ~is_noise], target)
+    sentinel_at = np.flatnonzero(starts_span[is_noise])
+    target = np.insert(tokens[is_noise], sentinel_at, used)
+    origins = np.insert(np.flatnonzero(is_noise), sentinel_at, NOT_OF_THE_TEXT)
+    return Pair(source[starts_span | ~is_noise], target, origins)
 
 
 def restore(source: Tokens, target: Tokens, sentinel_ids: Sequence[int]) -> Tokens:

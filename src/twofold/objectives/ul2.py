@@ -191,7 +191,7 @@ def denoise(
         num_target = num_noise_tokens(len(tokens), denoiser.noise_density)
         pair = prefix_lm(tokens, len(tokens) - num_target)
     mode = _mode(denoiser, mode_ids)
-    return Pair(np.concatenate([mode, pair.source]), pair.target) if len(mode) else pair
+    return pair._replace(source=np.concatenate([mode, pair.source])) if len(mode) else pair
 
 
 def ul2(

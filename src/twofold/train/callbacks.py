@@ -56,6 +56,9 @@ class Callback:
     def on_evaluation(self, step: int, evaluation: Evaluation) -> None:
         """An evaluation after `step` steps."""
 
+    def on_average_evaluation(self, step: int, evaluation: Evaluation) -> None:
+        """The same for the moving average of the weights, with `ema_decay`; comes after that of the weights."""
+
     def on_checkpoint(self, step: int, path: Path) -> None:
         """A checkpoint is complete."""
 

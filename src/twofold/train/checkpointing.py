@@ -4,6 +4,7 @@
 output/checkpoints/step-000100/
     config.json, tokenizer files, shard-*.safetensors  what twofold.load reads
     optimizer/shard-*.safetensors                      <parameter>.exp_avg, .exp_avg_sq
+    average/shard-*.safetensors                        the moving average of the weights, where a run keeps one
     trainer.json                                       step, loader, losses, settings
 ```
 
@@ -96,12 +97,14 @@ class CheckpointSaver:
         optimizer: Optimizer,
         parameters: Mapping[str, nn.Parameter],
         state: TrainerState,
+        averages: Mapping[str, Tensor] | None = None,
     ) -> Path:
         """Take a copy of everything in host memory, and begin to write it. The earlier one must have been awaited.
 
         Args:
             parameters: those of the optimizer, by name.
             state: with the whole loader state.
+            averages: see `AverageWeights.tensors`.
 
         Returns:
             The folder the checkpoint will have.
@@ -113,10 +116,13 @@ class CheckpointSaver:
         self._world.from_main(lambda: _begin(partial, model, state))
         weights = {name: on_host(p, self._world) for name, p in model.named_parameters()}
         moments = {name: on_host(t, self._world) for name, t in _moments(optimizer, parameters).items()}
+        parts = {"": weights, "optimizer": moments}
+        if averages is not None:
+            parts["average"] = {name: on_host(t, self._world) for name, t in averages.items()}
         self._target, self._error = target, None
         # A daemon: where another rank is lost, nobody waits for what can no longer be complete.
         self._thread = threading.Thread(
-            target=self._write, args=(partial, target, weights, moments), name="checkpoint", daemon=True
+            target=self._write, args=(partial, target, parts), name="checkpoint", daemon=True
         )
         self._thread.start()
         return target
@@ -162,13 +168,11 @@ class CheckpointSaver:
             self._thread.join(timeout=None if self._world.size == 1 else _PATIENCE_S)
             self._thread = None
 
-    def _write(
-        self, partial: Path, target: Path, weights: dict[str, Tensor], moments: dict[str, Tensor]
-    ) -> None:
+    def _write(self, partial: Path, target: Path, parts: dict[str, dict[str, Tensor]]) -> None:
         try:
-            _write_shards(partial, weights, self._world)
-            if moments:
-                _write_shards(partial / "optimizer", moments, self._world)
+            for name, tensors in parts.items():
+                if tensors:
+                    _write_shards(partial / name, tensors, self._world)
             if self._world.is_main:  # it ends its part last: the writer has gathered the others' results
                 _sync_folder(partial)
                 if target.exists():
@@ -279,8 +283,9 @@ def restore_checkpoint(
     parameters: Mapping[str, nn.Parameter],
     state: TrainerState,
     world: World,
+    averages: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Put weights and optimizer state back, in place; on each rank its part of them.
+    """Put weights, optimizer state and averages back, in place; on each rank its part of them.
 
     Raises:
         ValueError: the checkpoint is of another model, or of other trained parameters.
@@ -295,11 +300,12 @@ def restore_checkpoint(
         moments |= {f"{name}.{moment}": tensor for moment, tensor in made.items()}
         device = parameter.device
         optimizer.state[parameter] = {"step": torch.tensor(float(steps), device=device), **made}
-    for folder, wanted in ((checkpoint, weights), (checkpoint / "optimizer", moments)):
+    parts = ((checkpoint, weights), (checkpoint / "optimizer", moments), (checkpoint / "average", averages))
+    for folder, wanted in parts:
         if wanted:
             with ShardsSource(folder) as source:
                 _check_fit(checkpoint, source, wanted)
-            _read_shards(folder, wanted, world)
+            _read_shards(folder, dict(wanted), world)
 
 
 def _check_fit(checkpoint: Path, source: TensorSource, wanted: Mapping[str, Tensor]) -> None:
@@ -332,6 +338,20 @@ def read_state(checkpoint: Path) -> TrainerState:
 def latest_checkpoint(output: str | Path) -> Path | None:
     """The newest complete checkpoint of a run, or None. Half-written ones have another name."""
     return max(_checkpoints(Path(output)), key=_step_of, default=None)
+
+
+def last_checkpoints(output: Path, count: int) -> list[Path]:
+    """The newest complete checkpoints of a run, oldest first.
+
+    Raises:
+        FileNotFoundError: there are fewer.
+    """
+    found = sorted(_checkpoints(output), key=_step_of)[-count:]
+    if len(found) < count:
+        raise FileNotFoundError(
+            f"{output} has {len(found)} complete checkpoints, {count} were to be averaged"
+        )
+    return found
 
 
 def changed_settings(old: Mapping[str, Any], new: Mapping[str, Any], *, free: frozenset[str]) -> list[str]:

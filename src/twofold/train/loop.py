@@ -13,12 +13,14 @@ import torch
 from twofold.config.recipe import TrainSettings
 from twofold.data import Batch
 from twofold.models import EncoderDecoder
+from twofold.train.averaging import AverageWeights, average_checkpoints
 from twofold.train.blocks import checkpoint_activations, compile_blocks, restore_blocks
 from twofold.train.callbacks import Callback, RunStart, TrainResult
 from twofold.train.checkpointing import (
     CheckpointSaver,
     TrainerState,
     changed_settings,
+    last_checkpoints,
     latest_checkpoint,
     read_state,
     restore_checkpoint,
@@ -29,7 +31,7 @@ from twofold.train.optimizer import cross_attention_names, new_optimizer, set_ph
 from twofold.train.parallel import shard
 from twofold.train.schedule import learning_rate_factor
 from twofold.train.signals import StopRequest, stop_on_signals
-from twofold.train.step import LossModule, train_step
+from twofold.train.step import LossModule, TeacherOf, train_step
 from twofold.train.trackers import LossPlot, MetricsFile, TensorBoardScalars
 from twofold.train.world import OtherRankError, World, is_lost_rank, start_world
 
@@ -40,6 +42,7 @@ FREE_TO_CHANGE = frozenset(
         "save_every",
         "log_every",
         "keep_checkpoints",
+        "average_last",
         "output",
         "tensorboard",
         "activation_checkpointing",
@@ -89,11 +92,14 @@ def fit(
     *,
     resume: bool = False,
     world: World | None = None,
+    teacher: TeacherOf | None = None,
+    teacher_share: float = 1.0,
 ) -> TrainResult:
     """Train a model that is in memory.
 
-    Writes into `output`: metrics.jsonl, loss.png, tensorboard/, checkpoints/, and at the end model/. The
-    first SIGTERM or SIGINT, on any rank, lets the current step end, saves a checkpoint and returns.
+    Writes into `output`: metrics.jsonl, loss.png, tensorboard/, checkpoints/, and at the end model/, with model-ema/
+    and model-average/ where the settings ask for them. The first SIGTERM or SIGINT, on any rank, lets the current
+    step end, saves a checkpoint and returns.
 
     Args:
         model: float32; trained in place, on the device of the settings, and left there in eval mode.
@@ -107,6 +113,8 @@ def fit(
         resume: go on from the newest checkpoint in `output`, as the run that never stopped: bit for bit on
             the CPU with the same number of ranks. Where `output` does not exist, the run begins.
         world: the processes of the run, where the caller has started it. None: `start_world`.
+        teacher: see `LossModule`.
+        teacher_share: see `chunked_loss`.
 
     Raises:
         FileExistsError: there is something in `output` already.
@@ -125,14 +133,18 @@ def fit(
     ):
         checkpoint = world.from_main(lambda: find_start(output, resume=resume))
         state = new_state(settings, checkpoint)
-        trainer = Trainer(model, train_loader, held_out_loader, settings, output, state, callbacks, world)
+        module = LossModule(model, settings.precision, teacher=teacher, teacher_share=teacher_share)
+        trainer = Trainer(module, train_loader, held_out_loader, settings, output, state, callbacks, world)
         cleanup.callback(model.eval)
         cleanup.callback(restore_blocks, model)
         cleanup.callback(set_phase, trainer.parameters, set(trainer.parameters))
         for callback in trainer.callbacks:
             cleanup.callback(callback.close)
         if checkpoint is not None:
-            restore_checkpoint(checkpoint, model, trainer.optimizer, trainer.parameters, state, world)
+            averages = None if trainer.average is None else trainer.average.tensors
+            restore_checkpoint(
+                checkpoint, model, trainer.optimizer, trainer.parameters, state, world, averages
+            )
             train_loader.load_state_dict(state.loader)
         return trainer.run(cleanup.enter_context(stop_on_signals()), checkpoint)
 
@@ -189,7 +201,7 @@ class Trainer:
 
     def __init__(
         self,
-        model: EncoderDecoder,
+        module: LossModule,
         train_loader: TrainLoader,
         held_out_loader: HeldOutLoader | None,
         settings: TrainSettings,
@@ -204,13 +216,14 @@ class Trainer:
                 f"{settings.accumulate_batches}; make the loader with num_streams=accumulate_batches"
             )
         world.check_batches(settings.accumulate_batches)
+        model = module.model
         trainable_parameters(model)  # before the model is touched
         self._world = world
+        self.module = module
         self.model = model if world.size > 1 else model.to(world.device)
         checkpoint_activations(model, settings.activation_checkpointing)
         if settings.compile_blocks:
             compile_blocks(model)
-        self.module = LossModule(self.model, settings.precision)
         if world.size > 1:
             shard(self.module, model, world, precision=settings.precision)
         self.parameters = trainable_parameters(model)
@@ -219,6 +232,9 @@ class Trainer:
         if settings.cross_attention_warmup_steps:
             self._cross_attention = cross_attention_names(model, self.parameters)
         self.optimizer = new_optimizer(model, self.parameters, settings.optimizer)
+        self.average: AverageWeights | None = None
+        if settings.ema_decay is not None:
+            self.average = AverageWeights(dict(model.named_parameters()), settings.ema_decay)
         self._train_loader = train_loader
         self._held_out_loader = held_out_loader
         self._settings = settings
@@ -304,6 +320,8 @@ class Trainer:
             world=self._world,
             reduce_every_batch=settings.reduce_every_batch,
         )
+        if self.average is not None:
+            self.average.update()
         self._state.step = step
         self._state.losses.append(result.loss)
         self._state.tokens += result.real_tokens
@@ -316,6 +334,12 @@ class Trainer:
         self._state.held_out.append((self._state.step, evaluation.loss))
         for callback in self.callbacks:
             callback.on_evaluation(self._state.step, evaluation)
+        if self.average is None:
+            return
+        with self.average.swapped():
+            evaluation = evaluate(self.module, self._held_out_loader.one_pass(), self._world)
+        for callback in self.callbacks:
+            callback.on_average_evaluation(self._state.step, evaluation)
 
     def _save(self) -> Path:
         """Begin a checkpoint; it is complete after `_await_save`."""
@@ -323,7 +347,8 @@ class Trainer:
         parts = self._world.gather(self._train_loader.state_dict())
         streams = {name: stream for part in parts for name, stream in part["streams"].items()}
         self._state.loader = {**parts[0], "streams": streams}
-        return self._saver.start(self.model, self.optimizer, self.parameters, self._state)
+        averages = None if self.average is None else self.average.tensors
+        return self._saver.start(self.model, self.optimizer, self.parameters, self._state, averages)
 
     def _await_save(self) -> None:
         path = self._saver.wait()
@@ -336,6 +361,7 @@ class Trainer:
         if is_finished:
             model_path = self._output / "model"  # an older one is this run's own, from before `steps` grew
             save_model(self.model, model_path, self._world)
+            self._save_averages()
         result = TrainResult(
             output=self._output,
             step=self._state.step,
@@ -350,6 +376,20 @@ class Trainer:
         for callback in self.callbacks:
             callback.on_end(result)
         return result
+
+    def _save_averages(self) -> None:
+        """The moving average, and the mean of the last checkpoints, as models beside the last weights."""
+        if self.average is not None:
+            with self.average.swapped():
+                save_model(self.model, self._output / "model-ema", self._world)
+        n_last = self._settings.average_last
+        if n_last is not None:
+            # The others wait, so that the run is over when it returns anywhere.
+            self._world.from_main(
+                lambda: average_checkpoints(
+                    last_checkpoints(self._output, n_last), self._output / "model-average", overwrite=True
+                )
+            )
 
     def _announce(self) -> None:
         run = RunStart(

@@ -40,6 +40,7 @@ class TeacherHead:
 
     states_NE: Tensor
     weight_VE: Tensor
+    """Of the first tokens of the student's vocabulary, or of all."""
     softcap: float | None
     speaks_N: Tensor
     """bool. False: the teacher says nothing here, and the label alone counts."""
@@ -178,7 +179,8 @@ def _loss_and_slope(
         shares_NV = _distribution(teacher) * teacher_share
         shares_NV *= teacher.speaks_N[:, None]
         label_share = 1.0 - teacher_share * teacher.speaks_N
-        expected = torch.linalg.vecdot(logits, shares_NV).sum()
+        # A teacher's vocabulary may end before the student's, to which sentinels were added.
+        expected = torch.linalg.vecdot(logits[:, : shares_NV.shape[1]], shares_NV).sum()
     of_label = logits.gather(1, labels[:, None])[:, 0]
     log_z = logits.logsumexp(dim=1)
     loss = (log_z - of_label * label_share).sum() - expected
@@ -188,7 +190,7 @@ def _loss_and_slope(
     if isinstance(teacher, SparseTeacher):
         slope.scatter_add_(1, teacher.ids_NK, -shares)
     elif teacher is not None:
-        slope -= shares_NV
+        slope[:, : shares_NV.shape[1]] -= shares_NV
     share_column = torch.full_like(of_label, 1.0) * label_share
     slope.scatter_add_(1, labels[:, None], -share_column[:, None])
     if softcap is not None:

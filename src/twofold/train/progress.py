@@ -82,6 +82,9 @@ class _Watcher(Callback):
             f"step {step}: held-out loss {evaluation.loss:.4f} over {evaluation.scored_tokens:,} tokens"
         )
 
+    def on_average_evaluation(self, step: int, evaluation: Evaluation) -> None:
+        self._say(f"step {step}: held-out loss of the average weights {evaluation.loss:.4f}")
+
     def on_end(self, result: TrainResult) -> None:
         self._say(
             f"{result.tokens:,} tokens in {result.step} steps; this part took {duration(result.seconds)}"

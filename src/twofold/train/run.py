@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import yaml
@@ -19,16 +19,20 @@ from twofold.config.recipe import ModelConfig, Recipe
 from twofold.data import (
     BuildProgress,
     Convention,
+    Corpus,
     Loader,
     Prefetcher,
     SourceReader,
+    longest_text,
     open_corpora,
     required_sentinels,
 )
+from twofold.data.teaching import Teaching
 from twofold.models import EncoderDecoder
 from twofold.objectives import find_sentinels
 from twofold.train.callbacks import Callback, RunStart, TrainResult
 from twofold.train.loop import find_start, fit, new_state
+from twofold.train.teacher import Distillation, open_distillation
 from twofold.train.world import World, start_world
 
 
@@ -50,11 +54,20 @@ def train(recipe: Recipe, *, resume: bool = False, callbacks: Sequence[Callback]
     with start_world(recipe) as world:
         output = Path(recipe.output)
         checkpoint = world.from_main(lambda: find_checked_start(recipe, output, resume=resume))
-        model, train_loader, held_out_loader = build_parts(recipe, checkpoint, world)
+        model, train_loader, held_out_loader, distillation = build_parts(recipe, checkpoint, world)
         watchers = [RunFiles(recipe, model), *callbacks] if world.is_main else callbacks
         with Prefetcher(train_loader) as prefetched:
             return fit(
-                model, prefetched, held_out_loader, recipe, output, watchers, resume=resume, world=world
+                model,
+                prefetched,
+                held_out_loader,
+                recipe,
+                output,
+                watchers,
+                resume=resume,
+                world=world,
+                teacher=None if distillation is None else distillation.teacher,
+                teacher_share=1.0 if distillation is None else distillation.share,
             )
 
 
@@ -65,21 +78,30 @@ def find_checked_start(recipe: Recipe, output: Path, *, resume: bool) -> Path | 
     return checkpoint
 
 
-def build_parts(
-    recipe: Recipe, checkpoint: Path | None, world: World
-) -> tuple[EncoderDecoder, Loader, Loader | None]:
-    """Model and loaders of one rank. Rank 0 alone reads weights, and comes first; the others' model, with the
-    vocabulary that rank 0 found or made, is on the meta device.
+Parts: TypeAlias = tuple[EncoderDecoder, Loader, Loader | None, Distillation | None]
+
+
+def build_parts(recipe: Recipe, checkpoint: Path | None, world: World) -> Parts:
+    """Model, loaders and teacher of one rank. Rank 0 alone reads weights of the model, and comes first; the others'
+    model, with the vocabulary that rank 0 found or made, is on the meta device.
 
     Raises: see `train`.
     """
 
-    def build(model: EncoderDecoder) -> tuple[EncoderDecoder, Loader, Loader | None]:
-        streams = world.streams(recipe.accumulate_batches)
-        loaders = build_loaders(recipe.data, model, num_streams=recipe.accumulate_batches, owned=streams)
-        return model, *loaders
+    def build(model: EncoderDecoder) -> Parts:
+        distillation = build_distillation(recipe, model, world.device)
+        loaders = build_loaders(
+            recipe.data,
+            model,
+            num_streams=recipe.accumulate_batches,
+            owned=world.streams(recipe.accumulate_batches),
+            teaching=None if distillation is None else distillation.teaching,
+        )
+        if distillation is not None:
+            distillation.check(model)
+        return model, *loaders, distillation
 
-    parts: list[tuple[EncoderDecoder, Loader, Loader | None]] = []
+    parts: list[Parts] = []
 
     def build_first() -> tuple[EncoderDecoderConfig, Any]:
         for source in (*recipe.data.sources, *recipe.data.held_out):
@@ -95,6 +117,28 @@ def build_parts(
         model.tokenizer = tokenizer
         parts.append(build(model.eval()))
     return parts[0]
+
+
+def build_distillation(recipe: Recipe, student: EncoderDecoder, device: torch.device) -> Distillation | None:
+    """The teacher of a run, checked and loaded; None where it has none.
+
+    Raises:
+        FileNotFoundError, ValueError: see `open_distillation`.
+    """
+    if recipe.distillation is None:
+        return None
+    if student.tokenizer is None:
+        raise ValueError(
+            "the student has no tokenizer to compare with its teacher's; put its files into the folder"
+        )
+    return open_distillation(
+        recipe.distillation,
+        student,
+        pad_multiple=recipe.data.pad_multiple,
+        max_raw_length=longest_text(student.tokenizer, recipe.data, Convention.of(student.config)),
+        precision=recipe.precision,
+        device=device,
+    )
 
 
 def build_model(config: ModelConfig, checkpoint: Path | None = None) -> EncoderDecoder:
@@ -114,6 +158,7 @@ def build_loaders(
     num_streams: int = 1,
     owned: Sequence[int] | None = None,
     progress: Callable[[BuildProgress], None] | None = None,
+    teaching: Callable[[Sequence[Corpus]], Teaching | None] | None = None,
 ) -> tuple[Loader, Loader | None]:
     """The training loader, and that of the held-out documents where there are any.
 
@@ -126,6 +171,7 @@ def build_loaders(
         num_streams: batches of one training step, over all ranks.
         owned: the streams of this rank. None: all.
         progress: of tokenising.
+        teaching: what a teacher adds to training batches, given the training corpora.
 
     Raises:
         FileNotFoundError: no data.
@@ -141,7 +187,8 @@ def build_loaders(
     sentinels = sentinel_ids(model, required_sentinels(model.tokenizer, config, convention))
     train, held_out = open_corpora(config, model.tokenizer, convention, progress=progress)
     settings = (model.tokenizer, config, convention, sentinels)
-    loaders = [Loader(train, *settings, num_streams=num_streams, owned=owned)]
+    taught = None if teaching is None else teaching(train)
+    loaders = [Loader(train, *settings, num_streams=num_streams, owned=owned, teaching=taught)]
     if held_out:
         loaders.append(Loader(held_out, *settings))
     for loader in loaders:

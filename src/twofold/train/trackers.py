@@ -17,7 +17,7 @@ class MetricsFile(Callback):
     """One JSON object per line in metrics.jsonl, on the disk as it comes.
 
     Lines of steps: step, loss, scored_tokens, real_tokens, grad_norm, learning_rate, seconds. Lines of
-    evaluations: step, held_out_loss, held_out_tokens.
+    evaluations: step, held_out_loss (or held_out_loss_average, of the average weights), held_out_tokens.
     """
 
     def __init__(self, path: Path, every: int) -> None:
@@ -40,6 +40,15 @@ class MetricsFile(Callback):
     def on_evaluation(self, step: int, evaluation: Evaluation) -> None:
         self._write(
             {"step": step, "held_out_loss": evaluation.loss, "held_out_tokens": evaluation.scored_tokens}
+        )
+
+    def on_average_evaluation(self, step: int, evaluation: Evaluation) -> None:
+        self._write(
+            {
+                "step": step,
+                "held_out_loss_average": evaluation.loss,
+                "held_out_tokens": evaluation.scored_tokens,
+            }
         )
 
     def close(self) -> None:
@@ -90,6 +99,10 @@ class TensorBoardScalars(Callback):
     def on_evaluation(self, step: int, evaluation: Evaluation) -> None:
         if self._writer is not None:
             self._writer.add_scalar("held_out/loss", evaluation.loss, step)
+
+    def on_average_evaluation(self, step: int, evaluation: Evaluation) -> None:
+        if self._writer is not None:
+            self._writer.add_scalar("held_out/loss_average", evaluation.loss, step)
 
     def close(self) -> None:
         if self._writer is not None:

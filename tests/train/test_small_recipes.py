@@ -1,0 +1,72 @@
+"""The recipes that run on a laptop, for two steps on a tiny donor: all their settings but sizes."""
+
+from pathlib import Path
+
+import pytest
+
+import twofold
+from tests.train.tiny_run import TEXTS
+from tests.train.tiny_teacher import save_donor
+from twofold.config.recipe import load_recipe, read_recipe
+from twofold.config.targets import TargetsRecipe
+from twofold.train import train
+from twofold.train.make_targets import make_targets
+
+FOLDER = Path(__file__).parents[2] / "recipes"
+
+
+@pytest.fixture
+def tiny(tmp_path, monkeypatch):
+    monkeypatch.setenv("TWOFOLD_DATA", str(tmp_path))
+    save_donor(tmp_path / "donor")
+    (tmp_path / "texts.txt").write_text("\n".join(TEXTS))
+    return [
+        f"model.adapt.encoder={tmp_path / 'donor'}",
+        f"data.sources=[{{path: {tmp_path / 'texts.txt'}, document: line}}]",
+        "data.held_out_fraction=0.2",
+        "data.source_length=32",
+        "data.target_length=32",
+        f"output={tmp_path / 'run'}",
+    ]
+
+
+SHORT = [
+    "steps=2",
+    "schedule.warmup_steps=1",
+    "save_every=1",
+    "evaluate_every=1",
+    "device=cpu",
+    "tensorboard=false",
+]
+
+
+@pytest.mark.parametrize("name", ["smollm2-prefixlm", "smollm2-ul2"])
+def test_without_a_teacher(name, tiny):
+    assert train(load_recipe(FOLDER / f"{name}.yaml", [*tiny, *SHORT])).is_finished
+
+
+def test_t5gemma2(tiny, tmp_path):
+    run = load_recipe(FOLDER / "smollm2-t5gemma2.yaml", [*tiny, *SHORT, "average_last=2"])
+    assert train(run).is_finished
+    steps = [twofold.load(tmp_path / "run" / "checkpoints" / f"step-00000{n}") for n in (1, 2)]
+    mean = twofold.load(tmp_path / "run" / "model-average")
+    assert mean.config.layout == "merged"
+    norms = [model.decoder.norm.weight for model in (*steps, mean)]
+    assert norms[2].tolist() == pytest.approx(((norms[0] + norms[1]) / 2).tolist())
+    assert not norms[0].equal(norms[1])
+
+
+def test_distillation_from_the_donor_and_from_stored_targets(tiny, tmp_path):
+    teacher = f"teacher={tmp_path / 'donor'}"
+    kd = [*tiny, *SHORT, f"distillation.{teacher}"]
+    in_the_loop = train(load_recipe(FOLDER / "smollm2-prefixlm-kd.yaml", kd))
+    targets = tmp_path / "targets"
+    stored = [*tiny, teacher, f"output={targets}", "device=cpu"]
+    assert make_targets(
+        read_recipe(TargetsRecipe, FOLDER / "smollm2-distill-targets.yaml", stored)
+    ).is_complete
+    kd += [f"distillation={{targets: {targets}}}", f"output={tmp_path / 'stored'}"]
+    from_targets = train(load_recipe(FOLDER / "smollm2-prefixlm-kd.yaml", kd))
+    # 256 draws, bfloat16: near, and not the same.
+    assert from_targets.losses[0] == pytest.approx(in_the_loop.losses[0], rel=0.05)
+    assert from_targets.losses != in_the_loop.losses
