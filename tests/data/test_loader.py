@@ -64,8 +64,10 @@ def loader(tokenizer, *args, records=DOCUMENTS, convention=LOSSLESS, num_streams
 
 
 def as_lists(batch):
-    tensors = [getattr(batch, name) for name in batch.__dataclass_fields__]
-    return [tensor.tolist() for tensor in tensors if tensor is not None]
+    values = [getattr(batch, name) for name in batch.__dataclass_fields__]
+    return [
+        list(value) if isinstance(value, tuple) else value.tolist() for value in values if value is not None
+    ]
 
 
 OBJECTIVES = [
@@ -562,3 +564,40 @@ def test_a_rest_of_one_token_joins_the_example_before(tokenizer):
     lengths = [len(e.source) + len(e.decoder_prefix) + len(e.target) for e in (first, last)]
     assert lengths == [29, 2 + 1]  # and a stop token
     assert (first.ends, last.ends) == (False, True)
+
+
+def test_short_texts_fill_long_rows_on_both_sides(tokenizer):
+    records = [{"text": "abcdefghij" * 200} for _ in range(8)]
+
+    def fill(**changes):
+        made = loader(
+            tokenizer,
+            {"name": "ul2", "preset": "t5gemma2"},
+            records=records,
+            source_length=256,
+            target_length=256,
+            rows_per_batch=1,
+            **changes,
+        )
+        batches = [next(made) for _ in range(20)]
+        lengths = [int(b.segment_ids.max()) for b in batches]
+        shares = [
+            np.mean([(getattr(b, side) > 0).numpy().sum() / 256 for b in batches])
+            for side in ("segment_ids", "decoder_segment_ids")
+        ]
+        return max(lengths), shares
+
+    one, without = fill()
+    several, with_limit = fill(max_text_length=48)
+    assert one <= 4 < several
+    assert min(with_limit) > 0.9
+    assert min(without) < 0.7
+
+
+def test_batches_know_their_documents(tokenizer):
+    batch = next(loader(tokenizer, shuffle=False, rows_per_batch=4, packing=False))
+    assert text_of(tokenizer, batch, 0) == DOCUMENTS[0]["text"]
+    assert text_of(tokenizer, batch, 1) == DOCUMENTS[1]["text"]
+    assert batch.documents[:2] == ("(in memory) 0", "(in memory) 1")
+    assert len(set(batch.documents)) == len(batch.documents) <= 4
+    assert batch.to("cpu").documents == batch.documents

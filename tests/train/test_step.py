@@ -1,12 +1,12 @@
 import itertools
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import pytest
 import torch
 
 from tests.train.tiny_run import BOS, PAD, loader, tiny_model
 from twofold.config.recipe import OptimizerConfig
-from twofold.data import Batch, Example, collate
+from twofold.data import Example, collate
 from twofold.train import LossModule, NonFiniteError, token_loss, train_step
 from twofold.train import step as step_module
 from twofold.train.loss import SparseTeacher
@@ -197,17 +197,13 @@ def test_a_teacher_is_asked_in_training_and_not_in_evaluation():
     assert torch.equal(asked[0], scored)
 
 
-class Known(Batch):
-    """A batch that knows where it comes from."""
-
-    documents = ("corpus.jsonl 17",)
-
-
 def test_a_bad_batch_is_named_with_its_documents():
-    batch = next(loader(tiny_model()))
-    known = Known(**{field.name: getattr(batch, field.name) for field in fields(batch)})
+    batch = replace(next(loader(tiny_model())), documents=())
+    known = replace(batch, documents=("corpus.jsonl 17", "corpus.jsonl 4"))
     said = step_module._where_from(ONE_PROCESS, [1.0, float("inf"), float("nan")], [batch, known, batch])
-    assert said == ", from batch 1 (documents ('corpus.jsonl 17',)), 2 of 0 to 2"
+    assert (
+        said == ", from batch 1 (documents corpus.jsonl 17, corpus.jsonl 4), 2 (documents unknown) of 0 to 2"
+    )
     assert step_module._where_from(ONE_PROCESS, [1.0], [batch]) == ""
 
 

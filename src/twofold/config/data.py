@@ -217,6 +217,10 @@ class DataConfig(Config):
     target_length: int
     """Tokens of one row of the decoder, everything included."""
 
+    max_text_length: int | None = Field(default=None, ge=2)
+    """Most tokens of running text that become one example. None: as many as fit a row. Rows several times as long pack
+    fuller on both sides where the objective's sides are unequal (UL2)."""
+
     rows_per_batch: int
     """Rows of one batch; with packing a row holds several examples."""
 
@@ -281,4 +285,6 @@ class DataConfig(Config):
                 )
         if not supervised:
             _warn_without_effect(self, ("max_length_action",), "running text is cut into chunks that fit")
+        else:
+            _warn_without_effect(self, ("max_text_length",), "pairs are taken as they are")
         return self

@@ -39,6 +39,9 @@ class Batch:
     labels: Tensor
     """int64 [B, T]: the token after each decoder input, IGNORE_INDEX where nothing is scored."""
 
+    documents: tuple[str, ...] = ()
+    """Where the examples come from, for messages: source and number of the document."""
+
     # For a teacher only (`twofold.data.teaching`).
     teacher_input_ids: Tensor | None = None
     """int64 [B, R]: the raw texts of each row, for a language model."""
@@ -69,8 +72,8 @@ class Batch:
         """The same batch on a device."""
         moved: dict[str, Any] = {}
         for f in fields(self):
-            tensor = getattr(self, f.name)
-            moved[f.name] = None if tensor is None else tensor.to(device, non_blocking=True)
+            value = getattr(self, f.name)
+            moved[f.name] = value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
         return Batch(**moved)
 
 

@@ -74,8 +74,12 @@ def _raw_lengths(
     source_budget += convention.decoder_start == "last_source_token"
     target_budget = config.target_length - 1
     if mixture:
-        return ul2_raw_lengths(mixture, source_budget, target_budget, mode_ids)
-    return (prefix_lm_raw_length(source_budget, target_budget, config.objective.split),)
+        lengths = ul2_raw_lengths(mixture, source_budget, target_budget, mode_ids)
+    else:
+        lengths = (prefix_lm_raw_length(source_budget, target_budget, config.objective.split),)
+    if config.max_text_length is None:
+        return lengths
+    return tuple(min(length, config.max_text_length) for length in lengths)
 
 
 class ExampleMaker:

@@ -5,14 +5,14 @@ unit), so none depends on those before it.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
 
 from twofold.config.data import DataConfig
 from twofold.data.batch import Batch, collate
-from twofold.data.convention import Convention, Example
+from twofold.data.convention import Convention
 from twofold.data.examples import ExampleMaker
 from twofold.data.split import Corpus
 from twofold.data.stream import Group, LoaderCounts, Piece, Stream, Unit, Units, new_packer
@@ -135,9 +135,9 @@ class Loader(Iterator[Batch]):
 
         Leaves the endless iteration as it is; the last batch may have fewer rows.
         """
-        rows: list[list[Example]] = []
+        rows: list[list[Piece]] = []
         for row in self._rows_in_order():
-            rows.append([piece.example for piece in row])
+            rows.append(row)
             if len(rows) == self._config.rows_per_batch:
                 yield self._collate(rows)
                 rows = []
@@ -228,7 +228,8 @@ class Loader(Iterator[Batch]):
                 for number, place in zip(numbers.tolist(), units.locate(numbers), strict=True):
                     yield from units.pieces(Unit(source, 0, number), place)
 
-    def _collate(self, rows: list[list[Example]]) -> Batch:
+    def _collate(self, pieces: list[list[Piece]]) -> Batch:
+        rows = [[piece.example for piece in row] for row in pieces]
         multiple = self._config.pad_multiple
 
         def width(longest: int, limit: int) -> int:
@@ -242,4 +243,7 @@ class Loader(Iterator[Batch]):
             max(1, width(source, self._config.source_length)),
             width(target, self._config.target_length),
         )
+        documents = dict.fromkeys((piece.unit.source, piece.document) for row in pieces for piece in row)
+        names = tuple(f"{self._corpora[source].source.path} {number}" for source, number in documents)
+        batch = replace(batch, documents=names)
         return batch if self._teaching is None else self._teaching(rows, batch)

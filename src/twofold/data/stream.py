@@ -41,6 +41,8 @@ class Piece(NamedTuple):
 
     unit: Unit
     number: int
+    document: int
+    """Of its source's store."""
     example: Example
 
 
@@ -121,7 +123,7 @@ class Units:
         except ValueError as error:
             raise ValueError(f"document {document} of {self.corpus.source.path}: {error}") from error
         return [
-            Piece(unit, number, _located(example, self._number, start))
+            Piece(unit, number, document, _located(example, self._number, start))
             for number, example in enumerate(examples)
         ]
 
@@ -198,7 +200,7 @@ class Stream:
         self._blocks: list[tuple[int, list[Placed | None]]] = [(0, [])] * len(groups)
         self.counts = LoaderCounts()
 
-    def next_rows(self, num_rows: int) -> list[list[Example]]:
+    def next_rows(self, num_rows: int) -> list[list[Piece]]:
         """The next rows.
 
         Raises:
@@ -213,8 +215,8 @@ class Stream:
                     f"every source has given its epochs after {self.counts.batches} batches of stream {self._index}; "
                     "raise epochs of a source, or lower steps"
                 )
-            rows.append([piece.example for piece in self._packer.next_row()])
-        examples = [example for row in rows for example in row]
+            rows.append(self._packer.next_row())
+        examples = [piece.example for row in rows for piece in row]
         self.counts.batches += 1
         self.counts.examples += len(examples)
         self.counts.tokens += sum(len(example.source) + example.decoder_length for example in examples)

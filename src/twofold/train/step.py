@@ -194,14 +194,12 @@ def batch_seed(seed: int, step: int, stream: int) -> int:
 
 
 def _where_from(world: World, loss_of_stream: Sequence[float], batches: Sequence[Batch]) -> str:
-    """Which batches are to blame, and of which documents they are where that is known; "" where only gradients are."""
+    """Which batches are to blame, and of which documents they are; "" where only gradients are not finite."""
     bad = [stream for stream, loss in enumerate(loss_of_stream) if not isfinite(loss)]
     if not bad:
         return ""
     streams = world.streams(len(loss_of_stream))
-    own = {
-        n: getattr(batch, "documents", None) for n, batch in zip(streams, batches, strict=True) if n in bad
-    }
+    own = {n: batch.documents for n, batch in zip(streams, batches, strict=True) if n in bad}
     documents = {stream: known for part in world.gather(own) for stream, known in part.items()}
-    named = [str(n) if documents[n] is None else f"{n} (documents {documents[n]})" for n in bad]
+    named = [f"{n} (documents {', '.join(documents[n]) or 'unknown'})" for n in bad]
     return f", from batch {', '.join(named)} of 0 to {len(loss_of_stream) - 1}"
