@@ -14,6 +14,7 @@ import twofold
 from tests.models.hf import DONOR_CONFIGS, gemma2_config, llama_config, qwen3_config
 from tests.models.tiny import VOCAB, assert_same, differ, random_ids
 from twofold.adapt import Choices, adapt_to_folder
+from twofold.models.families import donor_family
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*no tokenizer files.*", "ignore:neither.*has tokenizer files"
@@ -231,6 +232,25 @@ def test_gemma3_pair_in_the_published_layout_gets_its_own_eoi_embedding(save_don
     ids = torch.tensor([[7, 8]])
     expected = torch.nn.functional.embedding(ids, table) * 32**0.5
     assert_same(model.encoder.embed_tokens(ids).detach(), expected)
+
+
+@pytest.mark.parametrize(
+    ("donor", "choices", "expected"),
+    [
+        ("gemma3", {"layout": "merged"}, True),  # T5Gemma 2 reads BOS
+        ("gemma3", {}, False),
+        ("gemma2", {}, False),  # T5Gemma does not
+        ("gemma2", {"start": "lossless"}, True),  # the donor does
+    ],
+)
+def test_the_source_begins_as_the_published_family_does(save_donor, donor, choices, expected):
+    from twofold.adapt.plan import plan_config
+
+    folder, _ = save_donor(DONOR_CONFIGS[donor])
+    content = json.loads((folder / "config.json").read_text())
+    config = donor_family(content).read_config(content)
+    assert plan_config(config, None, Choices(**choices), adds_bos=True).source_bos is expected
+    assert not plan_config(config, None, Choices(**choices), adds_bos=False).source_bos
 
 
 class TestBadInput:

@@ -106,7 +106,8 @@ def plan_adaptation(
     """Plan a pair from one donor (`decoder` None: a balanced pair) or two.
 
     Args:
-        adds_bos: the donor's tokenizer puts BOS in front of a text; a lossless source then begins with it too.
+        adds_bos: the donor's tokenizer puts BOS in front of a text; the source of a lossless pair, or one in
+            T5Gemma 2's layout, then begins with it too.
 
     Raises:
         ValueError: a choice that the donors do not allow; see `plan_config`.
@@ -180,7 +181,7 @@ def plan_config(
         encoder_mask=_masks_per_layer(choices, len(encoder_layers)),
         tie_word_embeddings=tie,
         decoder_start=choices.decoder_start or ("last_source_token" if is_lossless else "bos"),
-        source_bos=is_lossless and adds_bos,
+        source_bos=adds_bos and (is_lossless or is_t5gemma2),
         pad_token_id=decoder.pad_token_id,
         bos_token_id=decoder.bos_token_id,
         eos_token_ids=decoder.eos_token_ids,
