@@ -147,7 +147,9 @@ class Comparison:
         return [{"contender": "peer", "tuned": True, **one} for one in kept]
 
     def _search(self, tried: list[dict[str, Any]]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-        """The fastest settings over a small pool, and what all of them did."""
+        """The fastest settings over a small pool, and what all of them did; a single one is not tried."""
+        if len(tried) == 1:
+            return tried[0], []
         results = []
         for settings in tried:
             report = self._start(settings, self._tried, self._case.tried_pairs)
