@@ -23,13 +23,13 @@ a. Real tokens per second, both sides, padding not counted, against transformers
      a matrix product is faster in it. Ours searches precision only.
    - One contender runs at a time, in a fresh process, ours first and last: `drift` is the ratio of the two.
    - Where memory is too short for the default batch of 8, it is split over accumulation steps; the details say so.
-   The second case has a vocabulary of 256,000 and metrics ending in `_256k`; its targets are cut to 128 tokens for
-   both, as the trainer's logits would not fit a small machine otherwise.
 b. Peak memory of the loss, forward and backward, above inputs, weights and their gradients, over that of logits of
    all tokens; and the ratio of times, in turns. `loss_peak_over_plain` has the gradients in it.
 c. 2B-2B shapes on a GPU: FLOPs per second, and their share of what a plain matrix product reaches.
 d. Speed against sequence length, and against ranks that share this machine's cores.
 e. The loader on one thread, from the token store to finished batches.
+f. Part a with a vocabulary of 256,000, metrics ending in `_256k`; targets are cut to 128 tokens for both, as the
+   trainer's logits would not fit a small machine otherwise.
 
 `--quick` takes small shapes and few steps of parts a, b and e unless parts are named: under a minute on two cores.
 """
@@ -47,9 +47,9 @@ from common import publish, result
 from training_loader import loader_speed
 from training_loss import loss_costs
 from training_scaling import scaling, single_gpu
-from training_throughput import throughput
+from training_throughput import FULL, LARGE_VOCABULARY, QUICK, Case, throughput
 
-PARTS = "abcde"
+PARTS = "abcdef"
 QUICK_PARTS = "abe"
 
 Figures = tuple[dict[str, float], dict[str, Any]]
@@ -57,18 +57,24 @@ Figures = tuple[dict[str, float], dict[str, Any]]
 
 def main() -> None:
     options = parse_options()
-    parts: dict[str, Callable[[], Figures]] = {
-        "a": lambda: throughput(
+
+    def against_trainer(case: Case) -> Figures:
+        return throughput(
+            case,
             quick=options.quick,
             device=options.device,
             work=options.work,
             with_compile=options.compile,
             pairs=options.pairs,
-        ),
+        )
+
+    parts: dict[str, Callable[[], Figures]] = {
+        "a": lambda: against_trainer(QUICK if options.quick else FULL),
         "b": lambda: loss_costs(quick=options.quick, device=options.device),
         "c": lambda: single_gpu(options.device),
         "d": lambda: scaling(quick=options.quick, device=options.device),
         "e": lambda: loader_speed(quick=options.quick),
+        "f": lambda: against_trainer(LARGE_VOCABULARY),
     }
     measured = {}
     for part in options.part or (QUICK_PARTS if options.quick else PARTS):
@@ -90,8 +96,10 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="small shapes, few steps")
     parser.add_argument("--part", action="append", choices=list(PARTS), help="only this one; may be repeated")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where parts a to d run")
-    parser.add_argument("--pairs", type=int, help="of part a: size of the pool; default: 96, quick: 24")
-    parser.add_argument("--compile", action="store_true", help="of part a: try torch.compile in the trainer")
+    parser.add_argument("--pairs", type=int, help="of parts a, f: size of the pool; default: 96, quick: 24")
+    parser.add_argument(
+        "--compile", action="store_true", help="of parts a, f: try torch.compile in the trainer"
+    )
     parser.add_argument("--work", type=Path, help="folder for models (4 GB); default: a temporary one")
     parser.add_argument("--out", type=Path, help="merge the result into this file")
     options = parser.parse_args()

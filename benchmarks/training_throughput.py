@@ -39,30 +39,24 @@ class Case(NamedTuple):
     timeout_s: float
 
 
-QUICK = [Case("", B_B_QUICK, 49_152, 24, 8, 256, 64, 60.0)]
-FULL = [
-    Case("", B_B, 49_152, 96, 24, 1024, None, 3600.0),
-    # Logits of targets as they are would need 20 GB in the peer; limited for both.
-    Case("_256k", B_B, 256_000, 96, 24, 1024, 128, 3600.0),
-]
+QUICK = Case("", B_B_QUICK, 49_152, 24, 8, 256, 64, 60.0)
+FULL = Case("", B_B, 49_152, 96, 24, 1024, None, 3600.0)
+# Logits of targets as they are would need 20 GB in the peer; limited for both.
+LARGE_VOCABULARY = Case("_256k", B_B, 256_000, 96, 24, 1024, 128, 3600.0)
 
 
 def throughput(
-    *, quick: bool, device: str, work: Path | None, with_compile: bool, pairs: int | None
+    case: Case, *, quick: bool, device: str, work: Path | None, with_compile: bool, pairs: int | None
 ) -> tuple[dict[str, float], dict[str, Any]]:
-    """Metrics and details of all cases."""
-    metrics: dict[str, float] = {}
-    details: dict[str, Any] = {}
-    for case in QUICK if quick else FULL:
-        if pairs is not None:
-            case = case._replace(pairs=pairs, tried_pairs=min(case.tried_pairs, pairs))
-        with tempfile.TemporaryDirectory(dir=work) as folder:
-            # Small models share a process: importing would take longer than measuring.
-            run: Run = (lambda spec, _: contend(spec)) if quick else contend_apart
-            figures, found = Comparison(case, device, Path(folder), run, with_compile).run()
-        metrics |= {name + case.suffix: value for name, value in figures.items()}
-        details["throughput" + case.suffix] = found
-    return metrics, details
+    """Metrics and details of a case."""
+    if pairs is not None:
+        case = case._replace(pairs=pairs, tried_pairs=min(case.tried_pairs, pairs))
+    with tempfile.TemporaryDirectory(dir=work) as folder:
+        # Small models share a process: importing would take longer than measuring.
+        run: Run = (lambda spec, _: contend(spec)) if quick else contend_apart
+        figures, found = Comparison(case, device, Path(folder), run, with_compile).run()
+    metrics = {name + case.suffix: value for name, value in figures.items()}
+    return metrics, {"throughput" + case.suffix: found}
 
 
 Run = Callable[[dict[str, Any], float], dict[str, Any]]

@@ -31,7 +31,14 @@ def test_commands_parse(line):
 
 
 def test_there_are_commands_for_every_verb():
-    assert {line.split()[1] for line in commands()} == {"adapt", "inspect", "generate", "train", "plan"}
+    assert {line.split()[1] for line in commands()} == {
+        "adapt",
+        "inspect",
+        "generate",
+        "train",
+        "plan",
+        "average",
+    }
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -40,7 +47,7 @@ def test_named_files_exist(page):
     named = re.findall(r"\]\(([\w/.-]+)\)", text)
     named += re.findall(r"`((?:src|recipes|benchmarks|docs|examples|data|config)/[\w/.-]+\.\w+)`", text)
     for name in named:
-        places = [ROOT / name, ROOT / "src" / "twofold" / name]
+        places = [ROOT / name, page.parent / name, ROOT / "src" / "twofold" / name]
         assert any(place.exists() for place in places), f"{page.name} names {name}"
 
 

@@ -10,11 +10,11 @@ import torch
 import yaml
 
 from tests.train.test_loop import StopAfter, assert_same_run
-from tests.train.tiny_run import EOS, recipe, tiny_model
+from tests.train.tiny_run import EOS, TEXTS, recipe, tiny_model
 from twofold.checkpoint.load import load
 from twofold.checkpoint.save import save
 from twofold.config.recipe import load_recipe
-from twofold.train import latest_checkpoint, train
+from twofold.train import Callback, latest_checkpoint, train
 from twofold.train.run import build_loaders, sentinel_ids
 
 
@@ -189,6 +189,27 @@ def test_supervised_pairs(tmp_path):
     train_loader, held_out = loaders(run.data, tiny_model())
     assert train_loader.num_documents + held_out.num_documents == 9
     assert EOS in next(train_loader).labels
+
+
+def test_a_run_says_what_its_data_is_and_what_was_skipped(tmp_path):
+    chosen = recipe(tmp_path, steps=1)
+    (tmp_path / "texts.txt").write_text("\n".join([*TEXTS, "", "x" * 40]))
+    heard = []
+
+    class Watch(Callback):
+        def on_tokenise(self, progress):
+            heard.append(progress.documents)
+
+        def on_data(self, report):
+            heard.append(list(report))
+
+    result = train(chosen, callbacks=[Watch()])
+    *progress, report = heard
+    assert progress
+    assert progress[-1] == 13
+    assert (result.output / "data.txt").read_text() == "".join(f"{line}\n" for line in report)
+    assert len(report) == 1
+    assert report[0].startswith(f"{tmp_path / 'texts.txt'}: ")
 
 
 def test_no_held_out_documents_no_evaluation(tmp_path):

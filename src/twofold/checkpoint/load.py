@@ -41,7 +41,11 @@ def load(
         model = EncoderDecoder(config)
     with checkpoint.tensors() as source:
         found = match_tensors(model, source, family, skip_vision=skip_vision)
-        state = {own: source.get(theirs).to(torch.device(device), dtype) for own, theirs in found.items()}
+        # Copied: a tensor that stays in the file's memory map keeps all of that map for itself.
+        state = {
+            own: source.get(theirs).to(torch.device(device), dtype, copy=True)
+            for own, theirs in found.items()
+        }
     model.load_state_dict(state, assign=True, strict=False)  # shared parameters come under one name
     model.tie_weights()
     model.tokenizer = checkpoint.tokenizer()

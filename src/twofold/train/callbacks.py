@@ -1,8 +1,10 @@
 """What a run tells those who watch it. The loop itself never prints, logs or draws."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from twofold.data import BuildProgress
 from twofold.train.evaluate import Evaluation
 from twofold.train.step import StepResult
 
@@ -46,6 +48,12 @@ class TrainResult:
 
 class Callback:
     """Base of watchers; override what you want to see."""
+
+    def on_tokenise(self, progress: BuildProgress) -> None:
+        """A source that is not in the cache yet is being read; now and then, on rank 0."""
+
+    def on_data(self, report: Sequence[str]) -> None:
+        """The data is ready: a line for each source, what was skipped or dropped included."""
 
     def on_start(self, run: RunStart) -> None:
         """All checks have passed; the first step follows."""

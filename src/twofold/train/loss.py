@@ -186,7 +186,7 @@ def _loss_and_slope(
     loss = (log_z - of_label * label_share).sum() - expected
 
     # d loss / d capped logit = softmax - q; the cap passes on 1 - (capped / cap)^2 of it.
-    slope = torch.exp(logits - log_z[:, None])
+    slope = (logits - log_z[:, None]).exp_()
     if isinstance(teacher, SparseTeacher):
         slope.scatter_add_(1, teacher.ids_NK, -shares)
     elif teacher is not None:

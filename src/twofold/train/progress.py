@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Sequence
 
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+from twofold.data import BuildProgress
 from twofold.train.callbacks import Callback, RunStart, TrainResult
 from twofold.train.evaluate import Evaluation
 from twofold.train.step import StepResult
+
+_SECONDS_BETWEEN_PROGRESS = 5.0
+"""Of tokenising."""
 
 _WINDOW = 20
 """Steps over which loss and speed are averaged."""
@@ -61,6 +66,20 @@ class _Watcher(Callback):
 
     def __init__(self, console: Console) -> None:
         self._console = console
+
+        self._last_progress = time.monotonic()
+
+    def on_tokenise(self, progress: BuildProgress) -> None:
+        if time.monotonic() - self._last_progress >= _SECONDS_BETWEEN_PROGRESS:
+            self._last_progress = time.monotonic()
+            self._say(
+                f"tokenising {progress.path}: {progress.share_read:.0%}, {progress.documents:,} documents, "
+                f"{progress.tokens:,} tokens"
+            )
+
+    def on_data(self, report: Sequence[str]) -> None:
+        for line in report:
+            self._say(line)
 
     def on_start(self, run: RunStart) -> None:
         self._steps = run.steps

@@ -39,7 +39,8 @@ from twofold.train.world import World, start_world
 def train(recipe: Recipe, *, resume: bool = False, callbacks: Sequence[Callback] = ()) -> TrainResult:
     """Do what a recipe says.
 
-    Beside what `fit` writes, `output` gets recipe.resolved.yaml and, for a new pair, adaptation.json.
+    Beside what `fit` writes, `output` gets recipe.resolved.yaml, data.txt (what was read, skipped and dropped)
+    and, for a new pair, adaptation.json.
 
     Args:
         recipe: see `load_recipe`.
@@ -54,8 +55,11 @@ def train(recipe: Recipe, *, resume: bool = False, callbacks: Sequence[Callback]
     with start_world(recipe) as world:
         output = Path(recipe.output)
         checkpoint = world.from_main(lambda: find_checked_start(recipe, output, resume=resume))
-        model, train_loader, held_out_loader, distillation = build_parts(recipe, checkpoint, world)
-        watchers = [RunFiles(recipe, model), *callbacks] if world.is_main else callbacks
+        parts = build_parts(recipe, checkpoint, world, callbacks)
+        model, train_loader, held_out_loader, distillation = parts
+        watchers = (
+            [RunFiles(recipe, model, train_loader.report()), *callbacks] if world.is_main else callbacks
+        )
         with Prefetcher(train_loader) as prefetched:
             return fit(
                 model,
@@ -81,12 +85,18 @@ def find_checked_start(recipe: Recipe, output: Path, *, resume: bool) -> Path | 
 Parts: TypeAlias = tuple[EncoderDecoder, Loader, Loader | None, Distillation | None]
 
 
-def build_parts(recipe: Recipe, checkpoint: Path | None, world: World) -> Parts:
+def build_parts(
+    recipe: Recipe, checkpoint: Path | None, world: World, callbacks: Sequence[Callback] = ()
+) -> Parts:
     """Model, loaders and teacher of one rank. Rank 0 alone reads weights of the model, and comes first; the others'
     model, with the vocabulary that rank 0 found or made, is on the meta device.
 
     Raises: see `train`.
     """
+
+    def tell_progress(progress: BuildProgress) -> None:
+        for callback in callbacks:
+            callback.on_tokenise(progress)
 
     def build(model: EncoderDecoder) -> Parts:
         distillation = build_distillation(recipe, model, world.device)
@@ -95,8 +105,11 @@ def build_parts(recipe: Recipe, checkpoint: Path | None, world: World) -> Parts:
             model,
             num_streams=recipe.accumulate_batches,
             owned=world.streams(recipe.accumulate_batches),
+            progress=tell_progress if world.is_main else None,
             teaching=None if distillation is None else distillation.teaching,
         )
+        for callback in callbacks:
+            callback.on_data(loaders[0].report())
         if distillation is not None:
             distillation.check(model)
         return model, *loaders, distillation
@@ -238,15 +251,18 @@ def _check_first_batch(loader: Loader, vocab_size: int) -> None:
 
 
 class RunFiles(Callback):
-    """What a run is, beside its results: recipe.resolved.yaml, adaptation.json."""
+    """What a run is, beside its results: recipe.resolved.yaml, data.txt, adaptation.json."""
 
-    def __init__(self, recipe: Recipe, model: EncoderDecoder) -> None:
+    def __init__(self, recipe: Recipe, model: EncoderDecoder, data_report: Sequence[str]) -> None:
         self._recipe = recipe
         self._model = model
+        self._data_report = data_report
 
     def on_start(self, run: RunStart) -> None:
         content = yaml.safe_dump(self._recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
         (run.output / "recipe.resolved.yaml").write_text(content, encoding="utf-8")
+        report = "".join(f"{line}\n" for line in self._data_report)
+        (run.output / "data.txt").write_text(report, encoding="utf-8")
         if self._model.adaptation is not None:
             report = json.dumps(self._model.adaptation, indent=1) + "\n"
             (run.output / "adaptation.json").write_text(report, encoding="utf-8")
