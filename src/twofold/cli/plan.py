@@ -65,6 +65,10 @@ def _show(plan: RunPlan) -> None:
         f"{part} {_count(n)}" for part, n in plan.parameters.items() if part != "total" and n
     )
     out.print(f"[bold]parameters[/] {plan.parameters['total']:,}: {parameters}", soft_wrap=True)
+    if plan.teacher is not None:
+        out.print(
+            f"[bold]teacher[/] {plan.teacher.parameters:,} parameters, whole on every device", soft_wrap=True
+        )
     table = Table("per phase", *(phase.name for phase in plan.phases), pad_edge=False)
     rows: dict[str, list[str]] = {
         "steps": [f"{phase.steps:,}" for phase in plan.phases],

@@ -3,6 +3,8 @@ import math
 from dataclasses import replace
 
 import pytest
+import torch
+from transformers import LlamaForCausalLM
 
 from tests.models.hf import llama_config
 from tests.models.test_parameter_counts import KEYS, T5GEMMA_SIDES
@@ -79,6 +81,36 @@ def test_times_follow_from_rates(two_billion):
     moved = 7 / 8 * (2 * 2 + 4) * 5_596_853_760
     assert math.isclose(slow.phases[0].communication_s, moved / 1e9, rel_tol=1e-9)
     assert math.isclose(slow.phases[0].step_s, moved / 1e9 + update, rel_tol=1e-9)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_teacher_in_the_loop_costs_its_weights_and_a_forward_pass(two_billion, tmp_path, tied):
+    config = llama_config(tie_word_embeddings=tied)
+    config.save_pretrained(tmp_path / "teacher")
+    device, rows = DEVICES["h100"], {"source_length": 512, "target_length": 256}
+    alone = plan_run(recipe(two_billion, rows), device)
+    taught = plan_run(
+        recipe(two_billion, rows, distillation={"teacher": str(tmp_path / "teacher")}), device, efficiency=0.5
+    )
+    teacher = LlamaForCausalLM(config)
+    size = sum(p.numel() for p in teacher.parameters())
+    assert taught.teacher.parameters == size
+    assert taught.peak.teacher == 2 * size  # bfloat16
+    assert alone.peak.teacher == 0
+    with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
+        teacher(torch.zeros(1, 768, dtype=torch.int64), logits_to_keep=256)
+    extra = taught.phases[0].compute_s - alone.phases[0].compute_s
+    # The counter takes a causal layer for an open one, or counts nothing of it: scores are a few percent here.
+    assert extra * 0.5 * 989.5e12 == pytest.approx(4 * 8 * counter.get_total_flops(), rel=0.2)
+    stored = recipe(two_billion, rows, distillation={"targets": "somewhere"})
+    assert plan_run(stored, device).teacher is None
+
+
+def test_an_encoder_decoder_teacher(two_billion, tmp_path):
+    rows = {"source_length": 512, "target_length": 256}
+    plan = plan_run(recipe(two_billion, rows, distillation={"teacher": str(two_billion)}), DEVICES["h100"])
+    assert plan.teacher.parameters == 5_596_853_760
+    assert plan.teacher.flops_per_row == training_flops(plan.config, plan.row).forward
 
 
 def test_warm_up_is_a_phase_of_its_own_and_cheaper(two_billion):

@@ -20,6 +20,7 @@ from twofold.models import EncoderDecoder
 from twofold.models.flops import Checkpointing, Trained, trained_encoder_layers
 from twofold.train.loss import CHUNK_BYTES
 from twofold.train.plan.activations import AUTOCAST, BFLOAT16, FLOAT32, Activations, Numbers, activations
+from twofold.train.plan.teacher import Teacher
 
 
 class Weight(NamedTuple):
@@ -88,6 +89,7 @@ class Setup:
     """A device takes several micro-batches a step, so gradients are there when a forward pass begins."""
     is_cpu: bool = False
     has_ema: bool = False
+    teacher: Teacher | None = None
 
     @property
     def numbers(self) -> Numbers:
@@ -103,6 +105,8 @@ class Memory:
     weights: int
     optimizer: int
     ema: int
+    teacher: int
+    """Its weights, whole on every device; its activations come and go."""
     gradients: int
     compute_weights: int
     """Copies in the dtype of computation: cast, or gathered from the shards."""
@@ -123,7 +127,7 @@ class Memory:
     def parts(self) -> dict[str, int]:
         """By name, in bytes."""
         names = (
-            "weights", "optimizer", "ema", "gradients", "compute_weights", "activations", "loss", "temporary"
+            "weights", "optimizer", "ema", "teacher", "gradients", "compute_weights", "activations", "loss", "temporary"
         )  # fmt: skip
         return {name: getattr(self, name) for name in names}
 
@@ -227,8 +231,10 @@ class _Step:
         meets the embedding's, and those of a chunk."""
         scored, stack = self.setup.scored, self.config.decoder
         n_rows = min(max(CHUNK_BYTES // (4 * stack.vocab_size), 1), scored)
-        # Logits, what the softmax makes of them, and their slope; in bfloat16 the product's own result before.
-        chunk = 3 * 4 * n_rows * stack.vocab_size
+        # Logits, and their exponents on the way to the softmax; in bfloat16 the product's own result before.
+        chunk = 2 * 4 * n_rows * stack.vocab_size
+        if self.setup.teacher is not None:
+            chunk += 2 * 4 * n_rows * self.setup.teacher.vocab_size
         weight = 0
         if self.numbers.casts:
             weight += self.numbers.compute * self.table
@@ -239,6 +245,10 @@ class _Step:
         states = 2 * self.numbers.stream * scored * stack.hidden_size  # and their gradient
         pending = 4 * self.table if self.head_learns else 0
         return states, pending, chunk + weight
+
+    def _teacher(self) -> int:
+        number = 4 if self.setup.precision == "float32" else 2
+        return 0 if self.setup.teacher is None else number * self.setup.teacher.parameters
 
     def _of_a_layer(self, side: str) -> int:
         """Gradients that come and go within one layer: of the stream, of the MLP's inner vectors, of a weight."""
@@ -263,6 +273,7 @@ class _Step:
             weights=4 * self.total // shards,
             optimizer=8 * self.num_learned // shards,
             ema=4 * self.total // shards if self.setup.has_ema else 0,
+            teacher=self._teacher(),
             gradients=gradients,
             compute_weights=compute_weights,
             activations=kept,

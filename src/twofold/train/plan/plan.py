@@ -18,6 +18,7 @@ from twofold.models.families import donor_family
 from twofold.models.flops import Flops, Row, Trained, example_row, packed_row, training_flops
 from twofold.train.plan.devices import Device
 from twofold.train.plan.memory import Memory, Setup, Weight, gets_gradient, peak_memory, weights_of
+from twofold.train.plan.teacher import Teacher, plan_teacher
 from twofold.train.run import check_lengths
 
 USABLE_SHARE = 0.92
@@ -84,6 +85,8 @@ class RunPlan:
     problems: tuple[str, ...]
     """Of the run, worth a look before it starts."""
     price_per_hour: float | None
+    teacher: Teacher | None = None
+    """In the loop."""
 
     @property
     def peak(self) -> Memory:
@@ -119,6 +122,7 @@ class RunPlan:
             "device": self.device.name,
             "num_devices": self.num_devices,
             "parameters": self.parameters,
+            "teacher": None if self.teacher is None else asdict(self.teacher),
             "fits": self.fits,
             "peak_bytes": self.peak.total,
             "usable_bytes": self.usable_bytes,
@@ -187,7 +191,10 @@ def plan_run(
             "cross_attention_warmup_steps trains cross-attention alone, but layout 'merged' has no cross-attention "
             "parameters; set cross_attention_warmup_steps=0"
         )
-    draft = _Draft(recipe, config, device, num_devices, efficiency, example_lengths)
+    teacher = None  # in the loop; stored targets cost nothing worth counting
+    if recipe.distillation is not None and recipe.distillation.teacher is not None:
+        teacher = _header(recipe.distillation.teacher)
+    draft = _Draft(recipe, config, device, num_devices, efficiency, example_lengths, teacher)
     largest = draft.largest_rows()
     return RunPlan(
         config=config,
@@ -201,6 +208,7 @@ def plan_run(
         changes=() if draft.fits else tuple(_changes(draft, largest)),
         problems=tuple(_problems(draft)),
         price_per_hour=price_per_hour,
+        teacher=draft.teacher,
     )
 
 
@@ -252,12 +260,14 @@ class _Draft:
         num_devices: int,
         efficiency: float,
         example_lengths: tuple[int, int] | None,
+        teacher_checkpoint: Checkpoint | None,
         frozen_encoder: bool = False,
     ) -> None:
+        self.teacher_checkpoint = teacher_checkpoint
         self.recipe, self.config, self.device = recipe, config, device
         self.num_devices, self.efficiency = num_devices, efficiency
         self.example_lengths, self.frozen_encoder = example_lengths, frozen_encoder
-        self.shards = max(num_devices // (getattr(recipe, "data_parallel_replicas", None) or 1), 1)
+        self.shards = max(num_devices // recipe.data_parallel_replicas, 1)
         data = recipe.data
         if example_lengths is None:
             self.row = example_row(config, data.source_length, data.target_length)
@@ -283,7 +293,8 @@ class _Draft:
         lengths = self.example_lengths
         if lengths is not None:
             lengths = min(lengths[0], recipe.data.source_length), min(lengths[1], recipe.data.target_length)
-        return _Draft(recipe, self.config, self.device, num_devices, self.efficiency, lengths, frozen)
+        settings = (num_devices, self.efficiency, lengths, self.teacher_checkpoint, frozen)
+        return _Draft(recipe, self.config, self.device, *settings)
 
     @property
     def checkpointing(self) -> Any:
@@ -309,8 +320,13 @@ class _Draft:
             shards=self.shards,
             accumulates=self.recipe.accumulate_batches > self.num_devices,
             is_cpu=self.device.is_cpu,
-            has_ema=getattr(self.recipe, "ema_decay", None) is not None,
+            has_ema=self.recipe.ema_decay is not None,
+            teacher=self.teacher,
         )
+
+    @cached_property
+    def teacher(self) -> Teacher | None:
+        return None if self.teacher_checkpoint is None else plan_teacher(self.teacher_checkpoint, self.row)
 
     @cached_property
     def peak(self) -> int:
@@ -363,7 +379,9 @@ class _Draft:
         rate = device.float32_flops_per_s if is_float32 else device.bfloat16_flops_per_s
         if rate is None or device.memory_bytes_per_s is None:
             return None, None, None
-        compute = flops.total / self.num_devices / (rate * self.efficiency)
+        rows = self.recipe.data.rows_per_batch * self.recipe.accumulate_batches
+        taught = 0 if self.teacher is None else self.teacher.flops_per_row * rows
+        compute = (flops.total + taught) / self.num_devices / (rate * self.efficiency)
         update = UPDATE_BYTES * learned / self.shards / device.memory_bytes_per_s
         if self.num_devices == 1 or device.link_bytes_per_s is None:
             return compute, update, 0.0
@@ -438,7 +456,7 @@ def _problems(draft: _Draft) -> list[str]:
             f"accumulate_batches={recipe.accumulate_batches} cannot be dealt evenly to {draft.num_devices} devices; "
             "make it a multiple of their number"
         )
-    replicas = getattr(recipe, "data_parallel_replicas", None) or 1
+    replicas = recipe.data_parallel_replicas
     if draft.num_devices % replicas:
         found.append(f"data_parallel_replicas={replicas} does not divide {draft.num_devices} devices")
     widths = config.encoder.hidden_size, config.decoder.hidden_size
