@@ -66,6 +66,7 @@ def main() -> None:
             work=options.work,
             with_compile=options.compile,
             pairs=options.pairs,
+            largest_batch=options.largest_batch,
         )
 
     parts: dict[str, Callable[[], Figures]] = {
@@ -99,6 +100,13 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--pairs", type=int, help="of parts a, f: size of the pool; default: 96, quick: 24")
     parser.add_argument(
         "--compile", action="store_true", help="of parts a, f: try torch.compile in the trainer"
+    )
+    parser.add_argument(
+        "--largest-batch",
+        type=int,
+        default=8,
+        choices=[8, 4, 2, 1],
+        help="of parts a, f: pairs the trainer takes at once, the rest by accumulation; less where memory is short",
     )
     parser.add_argument("--work", type=Path, help="folder for models (4 GB); default: a temporary one")
     parser.add_argument("--out", type=Path, help="merge the result into this file")

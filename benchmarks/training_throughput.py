@@ -46,7 +46,14 @@ LARGE_VOCABULARY = Case("_256k", B_B, 256_000, 96, 24, 1024, 128, 3600.0)
 
 
 def throughput(
-    case: Case, *, quick: bool, device: str, work: Path | None, with_compile: bool, pairs: int | None
+    case: Case,
+    *,
+    quick: bool,
+    device: str,
+    work: Path | None,
+    with_compile: bool,
+    pairs: int | None,
+    largest_batch: int = 8,
 ) -> tuple[dict[str, float], dict[str, Any]]:
     """Metrics and details of a case."""
     if pairs is not None:
@@ -54,7 +61,7 @@ def throughput(
     with tempfile.TemporaryDirectory(dir=work) as folder:
         # Small models share a process: importing would take longer than measuring.
         run: Run = (lambda spec, _: contend(spec)) if quick else contend_apart
-        figures, found = Comparison(case, device, Path(folder), run, with_compile).run()
+        figures, found = Comparison(case, device, Path(folder), run, with_compile, largest_batch).run()
     metrics = {name + case.suffix: value for name, value in figures.items()}
     return metrics, {"throughput" + case.suffix: found}
 
@@ -65,8 +72,11 @@ Run = Callable[[dict[str, Any], float], dict[str, Any]]
 class Comparison:
     """Ours, theirs as it comes, theirs at its best, ours again."""
 
-    def __init__(self, case: Case, device: str, folder: Path, run: Run, with_compile: bool) -> None:
+    def __init__(
+        self, case: Case, device: str, folder: Path, run: Run, with_compile: bool, largest_batch: int
+    ) -> None:
         self._case, self._run, self._with_compile = case, run, with_compile
+        self._largest_batch = largest_batch
         tokenizer = smollm2_tokenizer()
         write_model(case.shape, case.vocab_size, folder / "model")
         self._pool, self._tried, self._check = (
@@ -137,7 +147,11 @@ class Comparison:
         from training_peer import candidates
 
         found = candidates(self._device, with_compile=self._with_compile)
-        kept = [one for one in found if one["precision"] in self._precisions]
+        kept = [
+            one
+            for one in found
+            if one["precision"] in self._precisions and one["batch_size"] <= self._largest_batch
+        ]
         return [{"contender": "peer", "tuned": True, **one} for one in kept]
 
     def _search(self, tried: list[dict[str, Any]]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -165,7 +179,7 @@ class Comparison:
     def _measure_default(self, check: dict[str, Any]) -> dict[str, Any]:
         """The trainer as it comes; where memory is too short for its batch, split over accumulation steps."""
         report: dict[str, Any] = {}
-        for size in (8, 4, 2, 1):
+        for size in (n for n in (8, 4, 2, 1) if n <= self._largest_batch):
             split = {"batch_size": size, "accumulate": PAIRS_PER_STEP // size}
             settings = {"contender": "peer", **split, **check}
             report = self._start(settings, self._pool, self._case.pairs)
