@@ -133,6 +133,7 @@ def single_gpu(device: str) -> tuple[dict[str, float], dict[str, Any]]:
     if device != "cuda":
         return {}, {"gpu": {"skipped": "2B-2B shapes need a CUDA device with 110 GB; run with --device cuda"}}
     from training_cases import TWO_B
+
     from twofold.models.flops import example_row, training_flops
 
     config = t5gemma_config(TWO_B, 256_000)
