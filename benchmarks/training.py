@@ -22,7 +22,8 @@ a. Real tokens per second, both sides, padding not counted, against transformers
      in all of them. SDPA is left out because it has no soft-cap and computes another model. bfloat16 is tried where
      a matrix product is faster in it. Ours searches precision only.
    - One contender runs at a time, in a fresh process, ours first and last: `drift` is the ratio of the two.
-   - Where memory is too short for the default batch of 8, it is split over accumulation steps; the details say so.
+   - Where memory is too short for the default batch of 8, it is split over accumulation steps, which pad less; the
+     details say so, and part g shows the whole batch.
 b. Peak memory of the loss, forward and backward, above inputs, weights and their gradients, over that of logits of
    all tokens; and the ratio of times, in turns. `loss_peak_over_plain` has the gradients in it.
 c. 2B-2B shapes on a GPU: FLOPs per second, and their share of what a plain matrix product reaches.
@@ -30,6 +31,8 @@ d. Speed against sequence length, and against ranks that share this machine's co
 e. The loader on one thread, from the token store to finished batches.
 f. Part a with a vocabulary of 256,000, metrics ending in `_256k`; targets are cut to 128 tokens for both, as the
    trainer's logits would not fit a small machine otherwise.
+g. Part a with sources cut at 512 tokens and targets at 128 for both, so that the trainer's default batch of 8 pairs
+   fits a machine of 24 GB; metrics end in `_512`.
 
 `--quick` takes small shapes and few steps of parts a, b and e unless parts are named: under a minute on two cores.
 """
@@ -47,9 +50,9 @@ from common import publish, result
 from training_loader import loader_speed
 from training_loss import loss_costs
 from training_scaling import scaling, single_gpu
-from training_throughput import FULL, LARGE_VOCABULARY, QUICK, Case, throughput
+from training_throughput import FULL, LARGE_VOCABULARY, QUICK, SHORTER, Case, throughput
 
-PARTS = "abcdef"
+PARTS = "abcdefg"
 QUICK_PARTS = "abe"
 
 Figures = tuple[dict[str, float], dict[str, Any]]
@@ -76,6 +79,7 @@ def main() -> None:
         "d": lambda: scaling(quick=options.quick, device=options.device),
         "e": lambda: loader_speed(quick=options.quick),
         "f": lambda: against_trainer(LARGE_VOCABULARY),
+        "g": lambda: against_trainer(SHORTER),
     }
     measured = {}
     for part in options.part or (QUICK_PARTS if options.quick else PARTS):
@@ -97,16 +101,18 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="small shapes, few steps")
     parser.add_argument("--part", action="append", choices=list(PARTS), help="only this one; may be repeated")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where parts a to d run")
-    parser.add_argument("--pairs", type=int, help="of parts a, f: size of the pool; default: 96, quick: 24")
     parser.add_argument(
-        "--compile", action="store_true", help="of parts a, f: try torch.compile in the trainer"
+        "--pairs", type=int, help="of parts a, f, g: size of the pool; default: 96, quick: 24"
+    )
+    parser.add_argument(
+        "--compile", action="store_true", help="of parts a, f, g: try torch.compile in the trainer"
     )
     parser.add_argument(
         "--largest-batch",
         type=int,
         default=8,
         choices=[8, 4, 2, 1],
-        help="of parts a, f: pairs the trainer takes at once, the rest by accumulation; less where memory is short",
+        help="of parts a, f, g: pairs the trainer takes at once, the rest by accumulation; less where memory is short",
     )
     parser.add_argument("--work", type=Path, help="folder for models (4 GB); default: a temporary one")
     parser.add_argument("--out", type=Path, help="merge the result into this file")

@@ -43,6 +43,7 @@ QUICK = Case("", B_B_QUICK, 49_152, 24, 8, 256, 64, 60.0)
 FULL = Case("", B_B, 49_152, 96, 24, 1024, None, 3600.0)
 # Logits of targets as they are would need 20 GB in the peer; limited for both.
 LARGE_VOCABULARY = Case("_256k", B_B, 256_000, 96, 24, 1024, 128, 3600.0)
+SHORTER = Case("_512", B_B, 49_152, 96, 24, 512, 128, 3600.0)
 
 
 def throughput(
@@ -99,10 +100,10 @@ class Comparison:
         check = {"check": str(self._check)}
         runs = {"first": self._measure(our_settings | check)}
         runs["default"] = self._measure_default(check)
+        loss_difference = self._compare_losses(runs["first"]["check"], runs["default"]["check"])
         runs["best"] = self._measure(best_settings)
         runs["last"] = self._measure(our_settings)
         ours = mean([self._rate(runs["first"]), self._rate(runs["last"])])
-        loss_difference = self._compare_losses(runs["first"]["check"], runs["default"]["check"])
         metrics = {
             "tokens_per_s": ours,
             "seq2seq_trainer_tokens_per_s": self._rate(runs["default"]),
