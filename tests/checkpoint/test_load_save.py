@@ -20,6 +20,7 @@ from tests.models.tiny import (
     random_ids,
     stack,
 )
+from twofold.adapt.vocabulary import resize_vocabulary
 from twofold.config import EncoderDecoderConfig
 from twofold.models import EncoderDecoder
 
@@ -62,6 +63,30 @@ def test_shared_parameters_are_stored_once_and_shared_again(tie, tmp_path):
     loaded = twofold.load(tmp_path / "m")
     assert (loaded.lm_head.out_proj.weight is loaded.decoder.embed_tokens.weight) == (tie != "none")
     assert (loaded.encoder.embed_tokens.weight is loaded.decoder.embed_tokens.weight) == (tie == "all")
+
+
+def test_tied_stacks_are_stored_once(tmp_path):
+    config = pair_config(stack(), layout="merged", tie_word_embeddings="all", tie_stacks=True)
+    model = build(config)
+    twofold.save(model, tmp_path / "m")
+    assert not [name for name in load_file(tmp_path / "m" / "model.safetensors") if "decoder" in name]
+    loaded = twofold.load(tmp_path / "m")
+    ids = random_ids(2, 7)
+    assert torch.equal(loaded(ids, None, ids).logits, model(ids, None, ids).logits)
+    assert loaded.decoder.layers[1].mlp is loaded.encoder.layers[1].mlp
+    resize_vocabulary(loaded, 50)
+    assert loaded(ids, None, ids).logits.shape[-1] == 50
+
+
+def test_an_encoder_that_is_being_opened_is_saved_as_it_is(tmp_path):
+    model = build(pair_config(stack()))
+    model.set_encoder_mask(["causal", "sink", "sink"], future_weight=0.25)
+    twofold.save(model, tmp_path / "m")
+    loaded = twofold.load(tmp_path / "m")
+    ids = random_ids(2, 7)
+    assert torch.equal(loaded(ids, None, ids).logits, model(ids, None, ids).logits)
+    with pytest.raises(ValueError, match=r"encoder_future_weight is 0\.25"):
+        twofold.save(model, tmp_path / "t5", format="t5gemma")
 
 
 def test_sharded_folder_loads(tmp_path):

@@ -23,8 +23,16 @@ from twofold.models.layers import rope_tables, rotate
 from twofold.models.masks import AttentionMask, Rule, Tokens
 
 
-def naive(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float, softcap: float | None) -> Tensor:
-    """One score at a time, in float64."""
+def naive(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    visible: Tensor,
+    scale: float,
+    softcap: float | None,
+    factors: Tensor | None = None,
+) -> Tensor:
+    """One score at a time, in float64. `factors` [B, T, S]: on the weights before they are divided by their sum."""
     n_batch, n_heads, n_queries, head_dim = q.shape
     n_groups = n_heads // k.shape[1]
     out = torch.zeros_like(q)
@@ -39,7 +47,8 @@ def naive(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float, softca
                     )
                     if softcap is not None:
                         score = softcap * math.tanh(score / softcap)
-                    weights.append(math.exp(score) if visible[b, t, s] else 0.0)
+                    factor = 1.0 if factors is None else factors[b, t, s].item()
+                    weights.append(factor * math.exp(score) if visible[b, t, s] else 0.0)
                 total = sum(weights)
                 row = torch.zeros(head_dim, dtype=torch.float64)
                 for weight, value in zip(weights, values, strict=True):
@@ -74,6 +83,29 @@ def test_eager_against_a_naive_loop(softcap: float | None, n_kv_heads: int) -> N
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize(
+    ("backend", "softcap"),
+    [("eager", None), ("eager", 2.0), ("sdpa", None), ("flex", None), ("flex", 2.0), ("segments", None),
+     ("segments", 2.0)],
+)  # fmt: skip
+def test_later_keys_count_for_less(backend: Backend, softcap: float | None) -> None:
+    """Against the naive loop; two segments and padding in the first row, other places in the second."""
+    ids = torch.tensor([[1, 1, 1, 2, 2, 0], [0, 1, 1, 1, 1, 1]])
+    tokens = Tokens.from_segments(ids)
+    mask = AttentionMask(tokens, (tokens, Rule(sink=True, future_weight=0.25)))
+    index = torch.arange(6)
+    factors = torch.where(index[None, :] > index[:, None], 0.25, 1.0).expand(2, 6, 6)
+    visible = (ids[:, :, None] == ids[:, None, :]) & (ids[:, :, None] > 0)
+    for row, first in ((0, 0), (0, 3), (1, 1)):
+        visible[row, first, first + 1 :] = False
+    q, k, v = qkv(6, 6)
+    with torch.no_grad():
+        out = attend(q, k, v, mask, scale=0.4, softcap=softcap, backend=backend)
+    assert_same(out, naive(q, k, v, visible, 0.4, softcap, factors), 2e-6)
+    assert differ(out, naive(q, k, v, visible, 0.4, softcap))
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("backend", ["eager", "sdpa", "flex", "segments"])
 def test_a_query_without_keys_gives_zeros(backend: Backend) -> None:
     """Rule R16."""
@@ -101,7 +133,11 @@ def test_gradients_are_finite_beside_empty_rows(backend: Backend) -> None:
 
 
 RULES = st.builds(
-    Rule, past=st.none() | st.integers(0, 3), future=st.none() | st.integers(0, 3), sink=st.booleans()
+    Rule,
+    past=st.none() | st.integers(0, 3),
+    future=st.none() | st.integers(0, 3),
+    sink=st.booleans(),
+    future_weight=st.sampled_from([1.0, 0.5, 0.01]),
 )
 
 

@@ -107,11 +107,17 @@ def grads(model: EncoderDecoder) -> dict[str, Tensor]:
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("encoder_mask", ["bidirectional", "sink", "causal"])
+@pytest.mark.parametrize(
+    ("encoder_mask", "weight"), [("bidirectional", 1.0), ("sink", 1.0), ("causal", 1.0), ("sink", 0.2)]
+)
 @pytest.mark.parametrize("meeting", MEETINGS, ids=meeting_id)
-def test_packed_rows_equal_the_same_pairs_alone(meeting: dict[str, Any], encoder_mask: str) -> None:
+def test_packed_rows_equal_the_same_pairs_alone(
+    meeting: dict[str, Any], encoder_mask: str, weight: float
+) -> None:
     """Logits, and gradients of the summed losses; windows of 3, the first pair longer than two of them."""
-    config = pair_config(gemma_stack(), encoder_mask=(encoder_mask,) * 3, **meeting)
+    config = pair_config(
+        gemma_stack(), encoder_mask=(encoder_mask,) * 3, encoder_future_weight=weight, **meeting
+    )
     model = build(config, qk_factor=2.0)
     sources = [random_ids(1, n, seed=n)[0] for n in (8, 3, 5)]
     targets = [random_ids(1, n, seed=10 + n)[0] for n in (7, 4, 2)]
@@ -161,6 +167,90 @@ def test_segments_do_not_see_each_other() -> None:
     after = run(source)
     assert differ(before[:, :3], after[:, :3])
     assert torch.equal(before[:, 3:], after[:, 3:])
+
+
+# Opening an encoder by degrees.
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@torch.no_grad()
+def test_a_future_weight_goes_from_causal_to_open(softcap: float | None) -> None:
+    """Near 0 the causal encoder, at 1 the open one, in between neither; padding on the right of one row."""
+    model = build(pair_config(gemma_stack(attn_logit_softcapping=softcap)), qk_factor=2.0)
+    ids = random_ids(2, 9)
+    mask = torch.ones_like(ids)
+    mask[1, 6:] = 0
+
+    def read(masks: Any, weight: float = 1.0) -> Tensor:
+        model.set_encoder_mask(masks, future_weight=weight)
+        return model.encode(ids, mask).last_hidden_state[mask == 1]
+
+    causal, sink = read("causal"), read("sink")
+    assert_same(read("sink", 1e-9), causal, 1e-4)
+    assert_same(read("sink", 1 - 1e-7), sink)
+    assert differ(read("sink", 0.1), causal)
+    assert differ(read("sink", 0.1), sink)
+    assert torch.equal(read("causal", 0.1), causal)
+
+
+def test_the_config_follows_the_mask_and_refuses_nonsense() -> None:
+    model = build(pair_config(stack()))
+    model.set_encoder_mask(["sink", "causal", "sink"], future_weight=0.5)
+    assert model.config.encoder_mask == ("sink", "causal", "sink")
+    assert model.config.encoder_future_weight == 0.5
+    with pytest.raises(ValueError, match="2 entries for 3 encoder layers"):
+        model.set_encoder_mask(["sink", "causal"])
+    with pytest.raises(ValueError, match="encoder_future_weight"):
+        model.set_encoder_mask("sink", future_weight=0.0)
+    assert model.config.encoder_mask == ("sink", "causal", "sink")
+
+
+# One stack of weights for both sides.
+
+
+def tied_and_copied(**changes: Any) -> tuple[EncoderDecoder, EncoderDecoder]:
+    """A tied pair, and one of two stacks with the same values."""
+    settings = {"layout": "merged", "reads": "aligned", "cross_rope": True, "decoder_positions": "continue"}
+    settings |= {"tie_word_embeddings": "all", "encoder_mask": ("sink",) * 3} | changes
+    tied = build(pair_config(gemma_stack(), tie_stacks=True, **settings))
+    copied = build(pair_config(gemma_stack(), **settings))
+    state = dict(tied.named_parameters(remove_duplicate=False))
+    with torch.no_grad():
+        for name, parameter in copied.named_parameters():
+            parameter.copy_(state[name])
+    return tied, copied
+
+
+@pytest.mark.parametrize("tie", ["all", "none"])
+def test_tied_stacks_compute_the_same_with_half_the_parameters(tie: str) -> None:
+    tied, copied = tied_and_copied(tie_word_embeddings=tie)
+    source, target = random_ids(2, 7), random_ids(2, 5, seed=1)
+    found, wanted = (model(source, None, target).logits for model in (tied, copied))
+    assert torch.equal(found, wanted)
+    found.square().sum().backward()
+    wanted.square().sum().backward()
+    summed = {name: p.grad for name, p in copied.named_parameters() if p.grad is not None}
+    for name, parameter in tied.named_parameters():
+        twin = name.replace("model.encoder.", "model.decoder.")
+        both = [summed[n] for n in {name, twin} if n in summed]
+        assert parameter.grad is not None
+        assert_same(parameter.grad, sum(both, start=torch.zeros_like(parameter)), 2e-5)
+    sizes = [sum(p.numel() for p in model.parameters()) for model in (tied, copied)]
+    stack_size = sum(p.numel() for n, p in copied.named_parameters() if n.startswith("model.decoder."))
+    assert sizes[1] - sizes[0] == stack_size > 0
+
+
+def test_stacks_that_differ_cannot_be_tied() -> None:
+    with pytest.raises(ValueError, match=r"tie_stacks makes one stack of both.*unequal"):
+        pair_config(
+            stack(),
+            stack(intermediate_size=64),
+            layout="merged",
+            tie_word_embeddings="all",
+            tie_stacks=True,
+        )
+    with pytest.raises(ValueError, match="got layout='separate'"):
+        pair_config(stack(), tie_word_embeddings="all", tie_stacks=True)
 
 
 # What the encoder sees (D4).

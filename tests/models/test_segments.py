@@ -82,6 +82,11 @@ MASKS = {
     "rows alike": AttentionMask(ALIKE, (ALIKE, Rule())),
     "rows alike, causal": AttentionMask(ALIKE, (ALIKE, Rule(future=0))),
     "rows alike, last queries": AttentionMask(ALIKE.last(4), (ALIKE, Rule(past=5, future=0))),
+    "weighted": AttentionMask(PACKED, (PACKED, Rule(future_weight=0.1))),
+    "weighted window with a sink": AttentionMask(
+        PACKED, (PACKED, Rule(past=1, future=2, sink=True, future_weight=0.3))
+    ),
+    "rows alike, weighted": AttentionMask(ALIKE, (ALIKE, Rule(sink=True, future_weight=0.01))),
     "nothing": AttentionMask(ALIKE, (tokens([2] * 9, [0] * 9), Rule())),
 }
 
@@ -111,7 +116,11 @@ def test_blocks_of_the_real_size() -> None:
 
 
 RULES = st.builds(
-    Rule, past=st.none() | st.integers(0, 4), future=st.none() | st.integers(0, 4), sink=st.booleans()
+    Rule,
+    past=st.none() | st.integers(0, 4),
+    future=st.none() | st.integers(0, 4),
+    sink=st.booleans(),
+    future_weight=st.sampled_from([1.0, 0.5, 0.01]),
 )
 
 
@@ -130,7 +139,9 @@ def test_equals_eager_on_random_masks(data: st.DataObject) -> None:
 
 def test_soft_capped_gradient_is_the_derivative() -> None:
     """In float64 against finite differences; scores reach far beyond the cap."""
-    mask = AttentionMask(tokens([1, 1, 1, 2, 2, 0]), (tokens([1, 1, 0, 1, 2, 2]), Rule(past=2, future=0)))
+    rules = Rule(past=2, future=0), Rule(future=1, future_weight=0.2)
+    queries, keys = tokens([1, 1, 1, 2, 2, 0]), tokens([1, 1, 0, 1, 2, 2])
+    mask = AttentionMask(queries, (keys, rules[0]), (queries, rules[1]))
     leaves = [leaf.detach().double().requires_grad_() for leaf in qkv(mask, head_dim=3)]
 
     def capped(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ def resize_vocabulary(model: EncoderDecoder, vocab_size: int, *, seed: int = 0) 
         return
     generator = torch.Generator().manual_seed(seed)
     tables: list[nn.Embedding | nn.Linear] = [model.encoder.embed_tokens]
-    if config.tie_word_embeddings != "all":
+    if config.tie_word_embeddings != "all" and not config.tie_stacks:
         tables.append(model.decoder.embed_tokens)
     if config.tie_word_embeddings == "none":
         tables.append(model.lm_head.out_proj)

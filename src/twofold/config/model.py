@@ -158,8 +158,14 @@ class EncoderDecoderConfig(Config):
     encoder_mask: tuple[EncoderMask, ...]
     """One entry per encoder layer. `sink` is bidirectional except for the first token of each segment, which
     sees only itself as it did in the causal donor."""
+    encoder_future_weight: float = Field(default=1.0, gt=0, le=1)
+    """In `bidirectional` and `sink` layers, the factor on the attention weight of keys after the query, before the
+    softmax divides; below 1 for an encoder that is being opened by degrees."""
     tie_word_embeddings: Literal["all", "decoder", "none"]
     """`all`: encoder table, decoder table and LM head are one tensor. `decoder`: decoder table and head."""
+    tie_stacks: bool = False
+    """Encoder and decoder are one stack of weights, used under two masks: embedding, blocks and final norm are shared,
+    stored once, and trained by both sides. The pair then has exactly its donor's parameters."""
     decoder_start: Literal["bos", "last_source_token"]
     """First decoder input: BOS (T5Gemma), or the last source token, which then leaves the source."""
     source_bos: bool
@@ -190,6 +196,14 @@ class EncoderDecoderConfig(Config):
             raise ValueError(
                 f"one embedding table for both sides needs equal widths, got {encoder.hidden_size} and "
                 f"{decoder.hidden_size}; set tie_word_embeddings to 'decoder' or 'none'"
+            )
+        if self.tie_stacks and (
+            self.layout != "merged" or encoder != decoder or self.tie_word_embeddings == "decoder"
+        ):
+            raise ValueError(
+                "tie_stacks makes one stack of both, so it needs layout='merged', equal stacks and tie_word_embeddings "
+                f"'all' or 'none', got layout={self.layout!r}, {'equal' if encoder == decoder else 'unequal'} stacks "
+                f"and {self.tie_word_embeddings!r}"
             )
         if (self.reads == "aligned") != (self.aligned_layers is not None):
             raise ValueError(

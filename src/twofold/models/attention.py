@@ -38,7 +38,7 @@ def attend(
     dropout_p: float = 0.0,
     backend: Backend = "auto",
 ) -> Tensor:
-    """softmax(softcap(scale * q k^T) where visible) v, for grouped heads.
+    """softmax(softcap(scale * q k^T) + mask.bias where visible) v, for grouped heads.
 
     Args:
         softcap: scores become `softcap * tanh(scores / softcap)` before the mask; None for no cap.
@@ -117,6 +117,8 @@ def _eager(
     scores_BNTS = (q_BNTH @ k_BNSH.transpose(-1, -2)).float() * scale
     if softcap is not None:
         scores_BNTS = softcap * torch.tanh(scores_BNTS / softcap)
+    if mask.bias is not None:
+        scores_BNTS = scores_BNTS + mask.bias[:, None]
     visible = mask.dense[:, None]
     # The lowest number instead of -inf: a row that sees nothing becomes uniform, not NaN, and is zeroed below.
     scores_BNTS = scores_BNTS.masked_fill(~visible, torch.finfo(torch.float32).min)
@@ -140,9 +142,10 @@ def _sdpa(
     visible = mask.dense[:, None]
     sees_a_key = visible.any(dim=-1, keepdim=True)
     # What kernels return for a row without keys differs (zeros, NaN): let it see all, then zero it.
-    attended = F.scaled_dot_product_attention(
-        q_BNTH, k_BKSH, v_BKSH, attn_mask=visible | ~sees_a_key, **options
-    )
+    kernel_mask = visible | ~sees_a_key
+    if mask.bias is not None:
+        kernel_mask = mask.bias[:, None].masked_fill(~kernel_mask, -torch.inf).to(q_BNTH.dtype)
+    attended = F.scaled_dot_product_attention(q_BNTH, k_BKSH, v_BKSH, attn_mask=kernel_mask, **options)
     return attended * sees_a_key
 
 
@@ -159,9 +162,16 @@ def _flex(
 ) -> Tensor:
     from torch.nn.attention.flex_attention import flex_attention
 
-    def capped(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        assert softcap is not None
-        return softcap * torch.tanh(score / softcap)
+    at = place = log_weight = None
+    if mask.is_weighted:
+        at, (place, log_weight) = mask.intervals[0], mask.key_weights
+
+    def score_mod(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        if softcap is not None:
+            score = softcap * torch.tanh(score / softcap)
+        if at is None or place is None or log_weight is None:
+            return score
+        return torch.where(place[b, k] > at[b, q], score + log_weight[b, k], score)
 
     # On CPU the uncompiled form: it is there to check the masks, not to be fast.
     run: Any = _compiled_flex() if q_BNTH.is_cuda else flex_attention
@@ -169,7 +179,7 @@ def _flex(
         q_BNTH,
         k_BKSH,
         v_BKSH,
-        score_mod=None if softcap is None else capped,
+        score_mod=None if softcap is None and not mask.is_weighted else score_mod,
         block_mask=mask.block_mask,
         scale=scale,
         enable_gqa=q_BNTH.shape[1] != k_BKSH.shape[1],

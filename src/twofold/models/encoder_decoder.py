@@ -5,13 +5,14 @@ Letters: B batch, S source tokens, T target tokens, E encoder width, V vocabular
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from twofold.config import EncoderDecoderConfig, StackConfig
+from twofold.config import EncoderDecoderConfig, EncoderMask, StackConfig
 from twofold.models.attention import Attention, Backend
 from twofold.models.cache import DecoderCache
 from twofold.models.layers import RMSNorm
@@ -81,13 +82,35 @@ class EncoderDecoder(nn.Module):
         return self.model.decoder
 
     def tie_weights(self) -> None:
-        """Make one parameter of what `tie_word_embeddings` says is one."""
+        """Make one parameter of what `tie_stacks` and `tie_word_embeddings` say is one."""
+        if self.config.tie_stacks:
+            self.decoder.embed_tokens, self.decoder.norm = self.encoder.embed_tokens, self.encoder.norm
+            for encoder_block, decoder_block in zip(self.encoder.layers, self.decoder.layers, strict=True):
+                for name, part in encoder_block.named_children():
+                    setattr(decoder_block, name, part)
         if self.config.tie_word_embeddings == "all":
             self.decoder.embed_tokens.weight = self.encoder.embed_tokens.weight
             if self.config.eoi_token_id is not None:
                 self.decoder.embed_tokens.eoi_embedding = self.encoder.embed_tokens.eoi_embedding
         if self.config.tie_word_embeddings != "none":
             self.lm_head.out_proj.weight = self.decoder.embed_tokens.weight
+
+    def set_encoder_mask(
+        self, mask: EncoderMask | Sequence[EncoderMask], *, future_weight: float = 1.0
+    ) -> None:
+        """Change what encoder layers see, in the model and in its config.
+
+        Args:
+            mask: one for all layers, or one per layer.
+            future_weight: see `EncoderDecoderConfig.encoder_future_weight`.
+
+        Raises:
+            ValueError: not one per layer, or a weight outside (0, 1].
+        """
+        masks = (mask,) * self.config.encoder.num_hidden_layers if isinstance(mask, str) else tuple(mask)
+        fields = self.config.model_dump() | {"encoder_mask": masks, "encoder_future_weight": future_weight}
+        self.config = EncoderDecoderConfig.model_validate(fields)
+        self.encoder.layer_masks, self.encoder.future_weight = masks, future_weight
 
     def set_attention_backend(self, backend: Backend) -> None:
         """Use one backend (see `models.attention.attend`) in every attention module."""

@@ -8,6 +8,9 @@ the part of the sequence it belongs to (the decoder's own past, or the source). 
                     and  position(k) - position(q) <= future(k)      # how far ahead
                     and  (position(q) > 0 or position(k) <= position(q) or not sink(k))
 
+A key after the query may also count for less: its weight before the softmax's division is multiplied by
+`future_weight(k)`, so that an encoder can be opened by degrees (`AttentionMask.bias`).
+
 With a token's segment and position written as one number, its *coordinate*, each key is seen from one interval
 of coordinates (`AttentionMask.intervals`). Attention backends turn that into what they want: a dense bool tensor,
 FlexAttention's `BlockMask`, or runs of tokens that see each other.
@@ -20,6 +23,7 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass
 from functools import cached_property
+from math import log
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -102,6 +106,8 @@ class Rule:
     future: int | None = None
     sink: bool = False
     """The query at position 0 of its segment sees no later key."""
+    future_weight: float = 1.0
+    """Above 0, at most 1: factor on exp(score) of keys after the query. 1 leaves the softmax as it is."""
 
 
 def decoder_rule(config: StackConfig, layer_type: LayerType) -> Rule:
@@ -112,18 +118,21 @@ def decoder_rule(config: StackConfig, layer_type: LayerType) -> Rule:
     return Rule(past=config.sliding_window - 1, future=0)
 
 
-def encoder_rule(config: StackConfig, layer_type: LayerType, mask: EncoderMask) -> Rule:
+def encoder_rule(
+    config: StackConfig, layer_type: LayerType, mask: EncoderMask, future_weight: float = 1.0
+) -> Rule:
     """What an encoder layer sees: see `StackConfig.bidirectional_window` for the two meanings of a window."""
     if mask == "causal":
         return decoder_rule(config, layer_type)
-    is_sink = mask == "sink"
-    if layer_type == "full_attention":
-        return Rule(sink=is_sink)
-    assert config.sliding_window is not None
-    window = config.sliding_window
-    if config.bidirectional_window == "each_side":
-        return Rule(past=window - 1, future=window - 1, sink=is_sink)
-    return Rule(past=(window + 1) // 2 - 1, future=window // 2, sink=is_sink)
+    past = future = None
+    if layer_type == "sliding_attention":
+        assert config.sliding_window is not None
+        window = config.sliding_window
+        if config.bidirectional_window == "each_side":
+            past = future = window - 1
+        else:
+            past, future = (window + 1) // 2 - 1, window // 2
+    return Rule(past=past, future=future, sink=mask == "sink", future_weight=future_weight)
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,7 +177,7 @@ class AttentionMask:
 
     @property
     def hides_nothing(self) -> bool:
-        """Known from Python data alone: every query sees every key."""
+        """Known from Python data alone: every query sees every key, with its whole weight."""
         return self.queries.is_plain and all(keys.is_plain and rule == Rule() for keys, rule in self.parts)
 
     @property
@@ -212,6 +221,31 @@ class AttentionMask:
             firsts.append(torch.where(is_real, base + first, _BEYOND))
             lasts.append(torch.where(is_real, base + last, _NOWHERE))
         return at, torch.cat(firsts, dim=1), torch.cat(lasts, dim=1)
+
+    @property
+    def is_weighted(self) -> bool:
+        """Known from Python data alone: keys after the query count for less."""
+        return any(rule.future_weight != 1.0 for _, rule in self.parts)
+
+    @cached_property
+    def key_weights(self) -> tuple[Tensor, Tensor]:
+        """The coordinate of each key, int64 [B, S], and the logarithm of its `future_weight`, float32 [B, S]: what
+        is added to the score of a query whose coordinate is lower."""
+        places, logs = [], []
+        for keys, rule in self.parts:
+            places.append((keys.segments << _SEGMENT_BITS) + keys.positions)
+            logs.append(torch.full_like(keys.positions, log(rule.future_weight), dtype=torch.float32))
+        return torch.cat(places, dim=1), torch.cat(logs, dim=1)
+
+    @cached_property
+    def bias(self) -> Tensor | None:
+        """float32 [B, T, S] to add to the scores, after a soft-cap; None where all weights are 1. What it says of
+        hidden keys means nothing. Computed once for all layers that share the mask."""
+        if not self.is_weighted:
+            return None
+        place, log_weight = self.key_weights
+        is_later = place[:, None, :] > self.intervals[0][:, :, None]
+        return torch.where(is_later, log_weight[:, None, :], 0.0)
 
     @cached_property
     def dense(self) -> Tensor:
@@ -285,11 +319,22 @@ class AttentionMask:
     def hidden(self, run: Run, block: Block) -> Tensor:
         """bool [queries, columns] of the block's `hidden` columns: True = may not attend."""
         assert block.hidden is not None
-        row = run.rows.start
-        at, first, last = (x[row] for x in self.intervals)
-        at = at[run.queries][block.queries][:, None]
-        first, last = (torch.cat([x[keys] for keys in run.keys])[block.keys] for x in (first, last))
+        at, first, last = self._of_block(run, block, *self.intervals)
         return (first[block.hidden] > at) | (at > last[block.hidden])
+
+    def block_bias(self, run: Run, block: Block) -> Tensor | None:
+        """float32 [queries, keys] of a block, see `bias`; None where nothing in it is weighted."""
+        if block.is_causal or not self.is_weighted:
+            return None
+        at, place, log_weight = self._of_block(run, block, self.intervals[0], *self.key_weights)
+        return torch.where(place > at, log_weight, 0.0)
+
+    @staticmethod
+    def _of_block(run: Run, block: Block, at: Tensor, *of_keys: Tensor) -> tuple[Tensor, ...]:
+        """Values of the block's queries [L, 1], and of its keys [M]."""
+        row = run.rows.start
+        of_block = (torch.cat([x[row, keys] for keys in run.keys])[block.keys] for x in of_keys)
+        return (at[row, run.queries][block.queries][:, None], *of_block)
 
 
 _Coordinates = npt.NDArray[np.int64]

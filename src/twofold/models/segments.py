@@ -104,13 +104,18 @@ def _fused(
 ) -> Tensor:
     """[B, L, N, H] of one block."""
     options: dict[str, Any] = {"scale": scale, "enable_gqa": q.shape[1] != k.shape[1]}
+    bias = mask.block_bias(run, block)
     if block.is_causal or block.hidden is None:
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=block.is_causal, **options)
+        bias = None if bias is None else bias.to(q.dtype)
+        out = F.scaled_dot_product_attention(q, k, v, bias, is_causal=block.is_causal, **options)
         return out.transpose(1, 2)
     visible = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool)
     visible[:, block.hidden] = ~mask.hidden(run, block)
     sees_a_key = visible.any(dim=-1, keepdim=True)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible | ~sees_a_key, **options)
+    kernel_mask = visible | ~sees_a_key
+    if bias is not None:
+        kernel_mask = bias.to(q.dtype).masked_fill_(~kernel_mask, -torch.inf)
+    out = F.scaled_dot_product_attention(q, k, v, kernel_mask, **options)
     # What kernels return for a row without keys differs (zeros, NaN): it saw all, and is zeroed.
     return (out * sees_a_key).transpose(1, 2)
 
@@ -119,9 +124,9 @@ def _fused(
 
 
 class _Capped(torch.autograd.Function):
-    """softmax(cap tanh(scale q k^T / cap)) v over the runs of a mask.
+    """softmax(cap tanh(scale q k^T / cap) + bias) v over the runs of a mask.
 
-    With t = tanh(scale q k^T / cap), p = softmax(cap t) and g the gradient of the result:
+    With t = tanh(scale q k^T / cap), p = softmax(cap t + bias) and g the gradient of the result:
 
         dv = p^T g,    dp = g v^T,    d(cap t) = p (dp - sum_k p dp),    d(q k^T) = scale (1 - t^2) d(cap t)
 
@@ -149,8 +154,9 @@ class _Capped(torch.autograd.Function):
             for block in run.blocks:
                 q_RLH = _block_of(q_BNTH, run, block, n_kv_heads)
                 out_RLH = torch.empty_like(q_RLH)
-                for part, hidden in _parts(len(q_RLH), q_RLH.shape[1], mask, run, block):
-                    _, p_RLM = _weights(q_RLH[part], k_RMH[part, block.keys], hidden, scale, cap)
+                change = _Change.of(mask, run, block)
+                for part in _parts(len(q_RLH), q_RLH.shape[1], block):
+                    _, p_RLM = _weights(q_RLH[part], k_RMH[part, block.keys], change, scale, cap)
                     torch.bmm(p_RLM, v_RMH[part, block.keys], out=out_RLH[part])
                 _write_block(out_BNTH, out_RLH, run, block)
         return out_BNTH
@@ -183,9 +189,10 @@ def _capped_gradients(
         for block in run.blocks:
             q_RLH, g_RLH = (_block_of(x, run, block, n_kv_heads) for x in (q_BNTH, g_BNTH))
             dq_RLH = torch.empty_like(q_RLH)
-            for part, hidden in _parts(len(q_RLH), q_RLH.shape[1], mask, run, block):
+            change = _Change.of(mask, run, block)
+            for part in _parts(len(q_RLH), q_RLH.shape[1], block):
                 q, g, k, v = q_RLH[part], g_RLH[part], k_RMH[part, block.keys], v_RMH[part, block.keys]
-                t, p = _weights(q, k, hidden, scale, cap)
+                t, p = _weights(q, k, change, scale, cap)
                 dv_RMH[part, block.keys].baddbmm_(p.mT, g)
                 ds = torch.bmm(g, v.mT).mul_(p)
                 ds.addcmul_(p, ds.sum(dim=-1, keepdim=True), value=-1.0)
@@ -198,29 +205,43 @@ def _capped_gradients(
     return dq_BNTH, dk_BKSH.to(k_BKSH.dtype), dv_BKSH.to(v_BKSH.dtype)
 
 
-class _Hidden(NamedTuple):
-    """Keys hidden from some query of a block."""
+class _Change(NamedTuple):
+    """What a block does to scores before the softmax."""
 
-    columns: slice
-    """Where they are among the block's keys."""
-    mask: Tensor
+    columns: slice | None
+    """Where the keys that are hidden from some query are among the block's keys."""
+    hidden: Tensor | None
     """bool [queries, columns], True = hidden."""
+    bias: Tensor | None
+    """float32 [queries, keys]."""
+
+    @classmethod
+    def of(cls, mask: AttentionMask, run: Run, block: Block) -> _Change | None:
+        """None: nothing."""
+        hidden = None if block.hidden is None else mask.hidden(run, block)
+        bias = mask.block_bias(run, block)
+        return None if hidden is None and bias is None else cls(block.hidden, hidden, bias)
 
 
 def _weights(
-    q_RLH: Tensor, k_RMH: Tensor, hidden: _Hidden | None, scale: float, cap: float
+    q_RLH: Tensor, k_RMH: Tensor, change: _Change | None, scale: float, cap: float
 ) -> tuple[Tensor, Tensor]:
     """t and p of `_Capped`, each [R, L, M]; L holds the G heads of a group one after another."""
     t = _tanh_(torch.bmm(q_RLH, k_RMH.mT).mul_(scale / cap))
     scores = t * cap
-    if hidden is None:
+    if change is None:
         return t, scores.softmax(dim=-1)
+    columns, hidden, bias = change
     n_rows, _, n_keys = scores.shape
-    by_head = scores.view(n_rows, -1, len(hidden.mask), n_keys)
-    by_head[..., hidden.columns].masked_fill_(hidden.mask, -torch.inf)
+    n_queries = len(hidden if hidden is not None else bias)  # type: ignore[arg-type]
+    by_head = scores.view(n_rows, -1, n_queries, n_keys)
+    if bias is not None:
+        by_head.add_(bias)
+    if hidden is not None:
+        by_head[..., columns].masked_fill_(hidden, -torch.inf)
     p = by_head.softmax(dim=-1)
-    if hidden.mask.shape[1] == n_keys:  # else there is a key that all see
-        p.masked_fill_(hidden.mask, 0.0)  # NaN where a query sees no key
+    if hidden is not None and hidden.shape[1] == n_keys:  # else there is a key that all see
+        p.masked_fill_(hidden, 0.0)  # NaN where a query sees no key
     return t, p.flatten(1, 2)
 
 
@@ -231,14 +252,11 @@ def _tanh_(x: Tensor) -> Tensor:
     return e.div_(e + 2.0)
 
 
-def _parts(
-    n_rows: int, n_queries: int, mask: AttentionMask, run: Run, block: Block
-) -> Iterator[tuple[slice, _Hidden | None]]:
-    """R in parts whose scores fit the cache, and what the block hides."""
-    hidden = None if block.hidden is None else _Hidden(block.hidden, mask.hidden(run, block))
+def _parts(n_rows: int, n_queries: int, block: Block) -> Iterator[slice]:
+    """R in parts whose scores fit the cache."""
     at_once = max(1, _SCORES_AT_ONCE // (n_queries * (block.keys.stop - block.keys.start)))
     for start in range(0, n_rows, at_once):
-        yield slice(start, start + at_once), hidden
+        yield slice(start, start + at_once)
 
 
 def _joined(x_BKSH: Tensor, run: Run) -> Tensor:

@@ -155,7 +155,7 @@ class Encoder(Stack):
     def __init__(self, config: EncoderDecoderConfig) -> None:
         blocks = (EncoderBlock(config.encoder) for _ in range(config.encoder.num_hidden_layers))
         super().__init__(config.encoder, blocks, config.eoi_token_id)
-        self.layer_masks = config.encoder_mask
+        self.layer_masks, self.future_weight = config.encoder_mask, config.encoder_future_weight
         self.aligned_layers = config.aligned_layers
 
     def forward(
@@ -168,7 +168,8 @@ class Encoder(Stack):
         config = self.stack_config
         rope = self.rope(tokens.positions)
         kinds = list(zip(config.layer_types, self.layer_masks, strict=True))
-        masks = {kind: AttentionMask(tokens, (tokens, encoder_rule(config, *kind))) for kind in set(kinds)}
+        rules = {kind: encoder_rule(config, *kind, self.future_weight) for kind in set(kinds)}
+        masks = {kind: AttentionMask(tokens, (tokens, rule)) for kind, rule in rules.items()}
 
         x_BSE = self.dropout(self.embed_tokens(input_ids))
         hidden: list[Tensor] = []

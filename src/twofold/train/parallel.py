@@ -39,7 +39,9 @@ def shard(
     # Decoder blocks return views, and nothing here changes those in place.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     compute_dtype = torch.bfloat16 if precision == "bfloat16" else None
-    for block in blocks_of(model):
+    # Blocks of tied stacks share their weights, which can be in one unit only: the root.
+    blocks = [] if model.config.tie_stacks else blocks_of(model)
+    for block in blocks:
         _materialise(block, world.device)
         policy = MixedPrecisionPolicy(compute_dtype, torch.float32, cast_forward_inputs=False)
         fully_shard(block, mesh=world.mesh, mp_policy=policy)

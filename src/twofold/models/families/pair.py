@@ -95,6 +95,10 @@ def differences(
     found = _unequal(config, wanted)
     if set(config.encoder_mask) != {"bidirectional"}:
         found.append(f"encoder_mask has {sorted(set(config.encoder_mask))}, not only 'bidirectional'")
+    if config.tie_stacks:
+        found.append("tie_stacks: both sides share their weights")
+    if config.encoder_future_weight != 1.0:
+        found.append(f"encoder_future_weight is {config.encoder_future_weight}, not 1")
     if not config.eos_token_ids:
         found.append("eos_token_ids are empty")
     shared = {"norm_adds_one": True, "post_norms": True, "scale_embeddings": True, "mlp_bias": False}

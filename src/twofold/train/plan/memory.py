@@ -52,7 +52,7 @@ def weights_of(config_json: str) -> tuple[Weight, ...]:
 
 def gets_gradient(config: EncoderDecoderConfig, name: str, trained: Trained) -> bool:
     """Whether a parameter gets a gradient, and with it moments: parameters without one are passed over."""
-    is_encoder = name.startswith("model.encoder.")
+    is_encoder = name.startswith("model.encoder.") and not config.tie_stacks
     return _is_trained(name, trained) and (not is_encoder or _is_reached(config, name))
 
 

@@ -438,7 +438,11 @@ def _changes(draft: _Draft, largest_rows: int) -> list[Change]:
             data__source_length=source,
             data__target_length=target,
         )
-    add("a frozen encoder: model.encoder.requires_grad_(False) before twofold.train.fit", frozen_encoder=True)
+    if not draft.config.tie_stacks:
+        add(
+            "a frozen encoder: model.encoder.requires_grad_(False) before twofold.train.fit",
+            frozen_encoder=True,
+        )
     if draft.checkpointing != "full":
         add(
             "data.rows_per_batch=1 activation_checkpointing=full, the least without more devices",
