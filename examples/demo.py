@@ -300,12 +300,12 @@ def precisions_worth_trying() -> list[Precision]:
 @contextmanager
 def as_donor(model: twofold.EncoderDecoder) -> Iterator[None]:
     """Close the encoder: with causal masks an untrained lossless pair is its donor."""
-    opened = model.encoder.layer_masks
-    model.encoder.layer_masks = ("causal",) * len(opened)
+    opened = model.config.encoder_mask
+    model.set_encoder_mask("causal")
     try:
         yield
     finally:
-        model.encoder.layer_masks = opened
+        model.set_encoder_mask(opened)
 
 
 def ask(model: twofold.EncoderDecoder) -> list[str]:

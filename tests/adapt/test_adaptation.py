@@ -322,7 +322,7 @@ class TestBadInput:
         with pytest.raises(ValueError, match="start must be one of"):
             Choices(start="magic")
         with pytest.raises(ValueError, match="encoder_mask must be of"):
-            Choices(encoder_mask="auto")
+            Choices(encoder_mask="open")
         with pytest.raises(ValueError, match="does not have"):
             Choices(start="scaled_copy", layout="merged")
 

@@ -76,6 +76,35 @@ def test_adapt_options_reach_the_plan(run, donor_folder, tmp_path):
     assert config.encoder_mask == ("sink", "sink", "causal", "bidirectional")
 
 
+def test_profile_and_auto(run, donor_folder, tmp_path):
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text("".join(json.dumps({"text": f"{n} " * 300}) + "\n" for n in range(3)))
+    options = ["--profile-text", f"counts={texts}", "--budget", "9"]
+    status, out, err = run("adapt", donor_folder, "-o", tmp_path / "profile", "--profile", *options)
+    assert status == 0, err
+    assert "counts" in out
+    written = json.loads((tmp_path / "profile" / "profile.json").read_text())
+    assert written["encoder_mask"] == ["sink"] * 4
+    assert written["examples"] == {"counts": 3}
+    assert (tmp_path / "profile" / "profile.png").stat().st_size > 1000
+    status, _, err = run("adapt", donor_folder, "-o", tmp_path / "profile", "--profile", *options)
+    assert status == 2
+    assert "profile.json" in err
+
+    auto = ["--start", "lossless", "--encoder-mask", "auto", *options]
+    status, _, err = run("adapt", donor_folder, "-o", tmp_path / "pair", *auto, "--tie-stacks")
+    assert status == 0, err
+    assert "4 of 4 layers open (sink)" in err
+    config = twofold.load(tmp_path / "pair").config
+    assert config.encoder_mask == ("sink",) * 4
+    assert config.tie_stacks
+    status, _, err = run("adapt", donor_folder, "-o", tmp_path / "short", *auto, "--decoder-depth", "2")
+    assert status == 0, err
+    config = twofold.load(tmp_path / "short").config
+    assert f"layers {', '.join(map(str, config.aligned_layers))} of the pair stay" in err
+    assert (config.encoder.num_hidden_layers, config.decoder.num_hidden_layers) == (4, 2)
+
+
 def test_inspect_shows_a_donor_and_a_table(run, donor_folder, tmp_path):
     status, out, _ = run("inspect", donor_folder)
     assert status == 0

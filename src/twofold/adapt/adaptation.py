@@ -6,22 +6,29 @@ import json
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
+from twofold.adapt.depth import DepthChoice, choose_decoder_layers
 from twofold.adapt.initialise import Donor, initialise, unused_tensors
-from twofold.adapt.plan import Choices, Plan, PlannedTensor, Side, Start, plan_adaptation
+from twofold.adapt.plan import Choices, MaskChoice, Plan, PlannedTensor, Side, Start, plan_adaptation
+from twofold.adapt.profile import Profile, profile_encoder
 from twofold.checkpoint import Checkpoint, copy_tokenizer, resolve, same_tokenizer
 from twofold.checkpoint.save import CheckpointWriter
-from twofold.config import EncoderMask
 from twofold.models import EncoderDecoder
 from twofold.models.families import donor_family
 
 Initialised = tuple[PlannedTensor, torch.Tensor]
 """A parameter of the pair with its value."""
+
+Profiler = Callable[[EncoderDecoder], Profile]
+"""What `encoder_mask="auto"` asks."""
+
+DepthChooser = Callable[[EncoderDecoder, int], DepthChoice]
+"""What `decoder_depth` asks."""
 
 
 def adapt(
@@ -29,16 +36,20 @@ def adapt(
     decoder: str | Path | None = None,
     *,
     start: Start = "published",
-    encoder_mask: EncoderMask | Sequence[EncoderMask] | None = None,
+    encoder_mask: MaskChoice | None = None,
     encoder_layers: Sequence[int] | None = None,
     decoder_layers: Sequence[int] | None = None,
+    decoder_depth: int | None = None,
     layout: Literal["separate", "merged"] | None = None,
     reads: Literal["final", "aligned"] | None = None,
     cross_rope: bool | None = None,
     decoder_positions: Literal["restart", "continue"] | None = None,
     decoder_start: Literal["bos", "last_source_token"] | None = None,
     aligned_layers: Sequence[int] | None = None,
+    tie_stacks: bool = False,
     output_scale: float = 0.1,
+    profile: Profiler = profile_encoder,
+    choose: DepthChooser = choose_decoder_layers,
     dtype: torch.dtype | None = None,
     seed: int = 0,
 ) -> EncoderDecoder:
@@ -49,16 +60,22 @@ def adapt(
         decoder: donor of the decoder. None: the encoder's donor, a balanced pair.
         start: how the two halves meet at first; see `adapt.plan`.
         encoder_mask: one for all layers or one per layer. Default: `bidirectional`; for the lossless start `causal`,
-            which keeps the pair equal to its donor until a `sink` or `bidirectional` mask is chosen.
+            which keeps the pair equal to its donor until a `sink` or `bidirectional` mask is chosen. `auto`, for the
+            lossless start: opens the layers that `profile` finds to cost next to nothing; the rest stays causal.
         encoder_layers: donor layers that the encoder keeps; default all.
         decoder_layers: donor layers that the decoder keeps; default all.
+        decoder_depth: how many of them stay, where measurement is to say which; see `choose_decoder_layers`.
         layout: `separate` or `merged` attention to the source; like the next four, by default the start's own.
         reads: `final` or `aligned`.
         cross_rope: rotate encoder keys.
         decoder_positions: `restart` or `continue`.
         decoder_start: the decoder's first input, `bos` or `last_source_token`.
         aligned_layers: for `aligned` reads, the encoder layer each decoder layer reads; default by relative depth.
+        tie_stacks: one donor, merged layout: both sides share its weights, see `EncoderDecoderConfig`.
         output_scale: `scaled_copy` only.
+        profile: for `encoder_mask="auto"`; give `functools.partial(profile_encoder, texts=..., budget=...)` for texts
+            of your own, or another budget.
+        choose: for `decoder_depth`, likewise.
         dtype: of all parameters; default: that of the decoder donor (float32 where it is quantised).
         seed: of random parameters.
 
@@ -75,14 +92,28 @@ def adapt(
         encoder_mask=encoder_mask,
         encoder_layers=encoder_layers,
         decoder_layers=decoder_layers,
+        decoder_depth=decoder_depth,
         layout=layout,
         reads=reads,
         cross_rope=cross_rope,
         decoder_positions=decoder_positions,
         decoder_start=decoder_start,
         aligned_layers=aligned_layers,
+        tie_stacks=tie_stacks,
         output_scale=output_scale,
     )
+    choices, findings = settle(
+        encoder, decoder, choices, profile=profile, choose=choose, dtype=dtype, seed=seed
+    )
+    model = _in_memory(encoder, decoder, choices, dtype, seed)
+    assert model.adaptation is not None
+    model.adaptation |= findings
+    return model
+
+
+def _in_memory(
+    encoder: str | Path, decoder: str | Path | None, choices: Choices, dtype: torch.dtype | None, seed: int
+) -> EncoderDecoder:
     with open_adaptation(encoder, decoder, choices, dtype, seed) as adaptation:
         with torch.device("meta"):
             model = EncoderDecoder(adaptation.plan.config)
@@ -95,6 +126,50 @@ def adapt(
     return model.requires_grad_(True).eval()
 
 
+def settle(
+    encoder: str | Path,
+    decoder: str | Path | None,
+    choices: Choices,
+    *,
+    profile: Profiler = profile_encoder,
+    choose: DepthChooser = choose_decoder_layers,
+    dtype: torch.dtype | None = None,
+    seed: int = 0,
+) -> tuple[Choices, dict[str, Any]]:
+    """Replace what choices leave to measurement (`encoder_mask="auto"`, `decoder_depth`) by what is found on the pair,
+    which is held in memory for it.
+
+    Returns:
+        Choices with masks and layers by name, and the findings for the report: `profile`, `depth`.
+
+    Raises:
+        ValueError, FileNotFoundError: see `adapt`, `profile_encoder`, `choose_decoder_layers`.
+    """
+    is_auto = choices.encoder_mask == "auto"
+    if not is_auto and choices.decoder_depth is None:
+        return choices, {}
+    mask = "causal" if is_auto else choices.encoder_mask
+    model = _in_memory(encoder, decoder, replace(choices, encoder_mask=mask, decoder_depth=None), dtype, seed)
+    findings: dict[str, Any] = {}
+    if is_auto:
+        found = profile(model)
+        findings["profile"] = found.as_json()
+        choices = replace(choices, encoder_mask=found.encoder_mask)
+        model.set_encoder_mask(found.encoder_mask)
+    if choices.decoder_depth is not None:
+        depth = choose(model, choices.decoder_depth)
+        findings["depth"] = depth.as_json()
+        whole = choices.decoder_layers or range(model.config.decoder.num_hidden_layers)
+        aligned = choices.aligned_layers
+        choices = replace(
+            choices,
+            decoder_depth=None,
+            decoder_layers=tuple(whole[i] for i in depth.layers),
+            aligned_layers=None if aligned is None else tuple(aligned[i] for i in depth.layers),
+        )
+    return choices, findings
+
+
 def adapt_to_folder(
     encoder: str | Path,
     decoder: str | Path | None,
@@ -105,11 +180,14 @@ def adapt_to_folder(
     seed: int = 0,
     overwrite: bool = False,
     watch: Callable[[Iterator[Initialised], Plan], Iterable[Initialised]] = lambda tensors, plan: tensors,
+    profile: Profiler = profile_encoder,
+    choose: DepthChooser = choose_decoder_layers,
 ) -> dict[str, Any]:
     """Make an encoder-decoder checkpoint, tensor by tensor, without ever holding a model in memory.
 
     Writes config.json, model.safetensors (or shards), the tokenizer, and adaptation.json, which names for each
-    tensor its source, rule and shape. Peak memory is that of the largest tensor.
+    tensor its source, rule and shape. Peak memory is that of the largest tensor; with `encoder_mask="auto"` or a
+    `decoder_depth` that of the pair, which is measured in memory first.
 
     Args:
         out: a folder that does not exist yet, unless `overwrite`.
@@ -123,10 +201,12 @@ def adapt_to_folder(
         FileExistsError: `out` exists; nothing was read or written.
         ValueError, FileNotFoundError: as for `adapt`; nothing is left behind.
     """
-    with (
-        CheckpointWriter(out, overwrite=overwrite) as writer,
-        open_adaptation(encoder, decoder, choices, dtype, seed) as job,
-    ):
+    with CheckpointWriter(out, overwrite=overwrite) as writer, ExitStack() as stack:
+        # After the writer has found its place free: measuring takes minutes.
+        choices, findings = settle(
+            encoder, decoder, choices, profile=profile, choose=choose, dtype=dtype, seed=seed
+        )
+        job = stack.enter_context(open_adaptation(encoder, decoder, choices, dtype, seed))
         tensors = watch(job.tensors(), job.plan)
         writer.write_config(job.plan.config)
         writer.write_tensors(
@@ -134,7 +214,7 @@ def adapt_to_folder(
         )
         if job.tokenizer is not None:
             copy_tokenizer(job.checkpoints["decoder"], writer.folder, job.tokenizer)
-        report = job.report()
+        report = job.report() | findings
         (writer.folder / "adaptation.json").write_text(json.dumps(report, indent=1) + "\n")
     return report
 

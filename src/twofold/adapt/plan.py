@@ -27,6 +27,8 @@ from twofold.models.families import DonorConfig
 
 Start = Literal["published", "scaled_copy", "random", "lossless"]
 Side = Literal["encoder", "decoder"]
+MaskChoice = EncoderMask | Literal["auto"] | Sequence[EncoderMask]
+"""One mask for all layers, one per layer, or `auto`: as open as a profile finds to cost next to nothing."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class Choices:
     """What a user may choose; None takes the start's own value (see `plan_config`)."""
 
     start: Start = "published"
-    encoder_mask: EncoderMask | Sequence[EncoderMask] | None = None
+    encoder_mask: MaskChoice | None = None
     encoder_layers: Sequence[int] | None = None
     decoder_layers: Sequence[int] | None = None
     layout: Literal["separate", "merged"] | None = None
@@ -43,6 +45,9 @@ class Choices:
     decoder_positions: Literal["restart", "continue"] | None = None
     decoder_start: Literal["bos", "last_source_token"] | None = None
     aligned_layers: Sequence[int] | None = None
+    decoder_depth: int | None = None
+    """Decoder layers that stay; which ones is measured."""
+    tie_stacks: bool = False
     output_scale: float = 0.1
     """`scaled_copy` only: factor on what cross-attention adds to the residual stream."""
 
@@ -54,10 +59,22 @@ class Choices:
                 "start='scaled_copy' scales the output of a cross-attention sub-layer, which layout='merged' "
                 "does not have; use layout='separate' or start='published'"
             )
+        meeting = (self.start, self.layout or "merged", self.reads or "aligned")
+        is_measured = self.encoder_mask == "auto" or self.decoder_depth is not None
+        if is_measured and meeting != ("lossless", "merged", "aligned"):
+            raise ValueError(
+                "encoder_mask='auto' and decoder_depth measure what a change costs next to the donor, so the pair must "
+                f"start as its donor: start='lossless', got start={self.start!r}, layout={self.layout!r}, "
+                f"reads={self.reads!r}"
+            )
+        if self.encoder_mask == "auto":
+            return
         masks = [self.encoder_mask] if isinstance(self.encoder_mask, str) else list(self.encoder_mask or ())
         bad = [mask for mask in masks if mask not in get_args(EncoderMask)]
         if bad:
-            raise ValueError(f"encoder_mask must be of {', '.join(get_args(EncoderMask))}, got {bad[0]!r}")
+            raise ValueError(
+                f"encoder_mask must be of {', '.join(get_args(EncoderMask))}, or auto, got {bad[0]!r}"
+            )
 
 
 @dataclass(frozen=True)
@@ -176,6 +193,7 @@ def plan_config(
         layout=layout,
         reads=reads,
         cross_rope=cross_rope,
+        tie_stacks=choices.tie_stacks,
         decoder_positions=restarts,
         aligned_layers=None if aligned is None else tuple(aligned),
         encoder_mask=_masks_per_layer(choices, len(encoder_layers)),
@@ -217,15 +235,20 @@ def _layer_subsets(
     kept = []
     for donor, chosen in ((encoder, choices.encoder_layers), (decoder, choices.decoder_layers)):
         kept.append(tuple(range(donor.stack.num_hidden_layers)) if chosen is None else tuple(chosen))
+    if choices.decoder_depth is not None:  # not measured yet; any layers have the size of those that will be
+        kept[1] = kept[1][: choices.decoder_depth]
     return kept[0], kept[1]
 
 
 def _masks_per_layer(choices: Choices, n_layers: int) -> tuple[EncoderMask, ...]:
     mask = choices.encoder_mask
-    if mask is None:
-        # A lossless pair is exact only while its encoder is causal; opening it is a choice of the user's.
-        mask = "causal" if choices.start == "lossless" else "bidirectional"
-    return (mask,) * n_layers if isinstance(mask, str) else tuple(mask)
+    if isinstance(mask, str) and mask != "auto":
+        return (mask,) * n_layers
+    if mask is None or isinstance(mask, str):
+        # A lossless pair is exact only while its encoder is causal; a profile, too, starts from the donor.
+        default: EncoderMask = "causal" if choices.start == "lossless" else "bidirectional"
+        return (default,) * n_layers
+    return tuple(mask)
 
 
 def _rule_for(

@@ -13,7 +13,9 @@ from rich.progress import track
 
 from twofold.adapt import Choices, Plan, adapt_to_folder
 from twofold.adapt.adaptation import Initialised
+from twofold.adapt.profile import DEFAULT_BUDGET
 from twofold.cli.console import err, note, print_json
+from twofold.cli.profile import depth_chooser, profile_donor, profiler, show
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -27,7 +29,10 @@ def adapt_command(
     start: Annotated[str, typer.Option(help="published, scaled_copy, random or lossless.")] = "published",
     encoder_mask: Annotated[
         str | None,
-        typer.Option(help="bidirectional, causal or sink; or one per layer, separated by commas."),
+        typer.Option(
+            help="bidirectional, causal or sink; or one per layer, separated by commas; or auto: as open as a "
+            "profile finds to cost next to nothing (lossless start)."
+        ),
     ] = None,
     encoder_layers: Annotated[
         str | None, typer.Option(help="Donor layers the encoder keeps, such as 0,2,4 or 0-14.")
@@ -35,11 +40,20 @@ def adapt_command(
     decoder_layers: Annotated[
         str | None, typer.Option(help="Donor layers the decoder keeps, such as 0,3,6 or 0-9.")
     ] = None,
+    decoder_depth: Annotated[
+        int | None,
+        typer.Option(
+            help="How many decoder layers stay; measured: those the pair misses most (lossless start)."
+        ),
+    ] = None,
     layout: Annotated[str | None, typer.Option(help="separate or merged attention to the source.")] = None,
     reads: Annotated[str | None, typer.Option(help="final or aligned.")] = None,
     cross_rope: Annotated[bool | None, typer.Option(help="Rotate encoder keys.")] = None,
     decoder_positions: Annotated[str | None, typer.Option(help="restart or continue.")] = None,
     decoder_start: Annotated[str | None, typer.Option(help="bos or last_source_token.")] = None,
+    tie_stacks: Annotated[
+        bool, typer.Option("--tie-stacks", help="Both sides share one donor's weights (lossless start).")
+    ] = False,
     output_scale: Annotated[
         float, typer.Option(help="scaled_copy: factor on cross-attention's output.")
     ] = 0.1,
@@ -47,22 +61,53 @@ def adapt_command(
         str | None, typer.Option(help="float32, bfloat16 or float16; default the donor's.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Of random parameters.")] = 0,
+    profile: Annotated[
+        bool,
+        typer.Option(
+            "--profile",
+            help="Write no checkpoint: measure what opening each encoder layer costs, into OUT/profile.json and .png.",
+        ),
+    ] = False,
+    profile_text: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A domain to profile on, NAME=PATH (text, JSON lines, .gz); may be repeated. Default: Python's own "
+            "documentation."
+        ),
+    ] = None,
+    budget: Annotated[
+        float, typer.Option(help="Nats per token, on every domain, that open layers may cost together.")
+    ] = DEFAULT_BUDGET,
     overwrite: Annotated[bool, typer.Option(help="Replace OUT if it is there.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = False,
 ) -> None:
     """Make an encoder-decoder out of one decoder-only model (balanced), or of two that share a tokenizer."""
     if dtype is not None and dtype not in _DTYPES:
         raise ValueError(f"--dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}")
+    measure = profiler(profile_text or (), budget)
+    if profile:
+        if decoder is not None:
+            raise ValueError("--profile measures one donor's balanced pair; leave the decoder's donor out")
+        note(f"profiling {encoder}: one pass over the texts for each encoder layer")
+        found = profile_donor(encoder, out, measure, overwrite=overwrite)
+        if json:
+            print_json(found.as_json())
+        else:
+            show(found)
+            note(f"wrote {out / 'profile.json'}")
+        return
     choices = Choices(
         start=cast(Any, start),
         encoder_mask=cast(Any, _mask(encoder_mask)),
         encoder_layers=_layers(encoder_layers, "--encoder-layers"),
         decoder_layers=_layers(decoder_layers, "--decoder-layers"),
+        decoder_depth=decoder_depth,
         layout=cast(Any, layout),
         reads=cast(Any, reads),
         cross_rope=cross_rope,
         decoder_positions=cast(Any, decoder_positions),
         decoder_start=cast(Any, decoder_start),
+        tie_stacks=tie_stacks,
         output_scale=output_scale,
     )
     note(
@@ -80,6 +125,8 @@ def adapt_command(
         seed=seed,
         overwrite=overwrite,
         watch=_with_progress,
+        profile=measure,
+        choose=depth_chooser(profile_text or ()),
     )
     seconds = time.perf_counter() - started
     summary = {key: report[key] for key in ("start", "num_parameters", "dtype", "cross_attention", "donors")}
@@ -89,6 +136,15 @@ def adapt_command(
         return
     note(f"{report['num_parameters'] / 1e6:,.1f}M parameters in {report['dtype']}, {seconds:.1f} s")
     note(f"cross-attention: {report['cross_attention']}")
+    if "profile" in report:
+        opened = report["profile"]
+        note(
+            f"encoder: {opened['num_opened']} of {len(opened['encoder_mask'])} layers open ({opened['mask']})"
+        )
+    if "depth" in report:
+        note(
+            f"decoder: layers {', '.join(map(str, report['depth']['layers']))} of the pair stay; train it again"
+        )
     note(f"wrote {out} (adaptation.json says where each tensor comes from)")
 
 

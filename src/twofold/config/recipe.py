@@ -16,6 +16,7 @@ from twofold.config.base import Config
 from twofold.config.data import DataConfig
 from twofold.config.distillation import DistillationConfig
 from twofold.config.model import EncoderMask
+from twofold.config.opening import OpeningConfig
 
 
 class AdaptConfig(Config):
@@ -24,15 +25,17 @@ class AdaptConfig(Config):
     encoder: str
     decoder: str | None = None
     start: Literal["published", "scaled_copy", "random", "lossless"] = "published"
-    encoder_mask: EncoderMask | tuple[EncoderMask, ...] | None = None
+    encoder_mask: EncoderMask | Literal["auto"] | tuple[EncoderMask, ...] | None = None
     encoder_layers: tuple[int, ...] | None = None
     decoder_layers: tuple[int, ...] | None = None
+    decoder_depth: int | None = None
     layout: Literal["separate", "merged"] | None = None
     reads: Literal["final", "aligned"] | None = None
     cross_rope: bool | None = None
     decoder_positions: Literal["restart", "continue"] | None = None
     decoder_start: Literal["bos", "last_source_token"] | None = None
     aligned_layers: tuple[int, ...] | None = None
+    tie_stacks: bool = False
     output_scale: float = 0.1
     seed: int = 0
     """Of random parameters."""
@@ -119,6 +122,9 @@ class TrainSettings(Config):
     pairs of unequal width). Only for layout 'separate'; part of `steps`, with one schedule over both
     phases."""
 
+    opening: OpeningConfig | None = None
+    """How the encoder goes from the masks the model comes with to open ones. null: masks stay as they are."""
+
     precision: Literal["float32", "bfloat16"] = "float32"
     """`bfloat16` computes under autocast; weights, gradients and optimizer stay in float32."""
 
@@ -184,6 +190,7 @@ class TrainSettings(Config):
         for name, value in (
             ("schedule.warmup_steps", self.schedule.warmup_steps),
             ("cross_attention_warmup_steps", self.cross_attention_warmup_steps),
+            ("opening.steps", self.opening.steps if self.opening else 0),
         ):
             if value > self.steps:
                 raise ValueError(f"{name} ({value}) must not be more than steps ({self.steps})")

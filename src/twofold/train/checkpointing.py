@@ -68,6 +68,9 @@ class TrainerState:
     tokens: int = 0
     """Real tokens trained on, both sides."""
 
+    first_masks: dict[str, Any] | None = None
+    """Masks of the encoder before the first step, see `train.opening.Masks`; None where nothing is opened."""
+
     parameter_steps: dict[str, int] = field(default_factory=dict)
     """Updates of every parameter that has had one; they differ where phases train different ones."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -27,6 +28,7 @@ from twofold.train.checkpointing import (
     save_model,
 )
 from twofold.train.evaluate import Evaluation, evaluate
+from twofold.train.opening import Masks, Opening
 from twofold.train.optimizer import cross_attention_names, new_optimizer, set_phase, trainable_parameters
 from twofold.train.parallel import shard
 from twofold.train.schedule import learning_rate_factor
@@ -232,6 +234,12 @@ class Trainer:
         if settings.cross_attention_warmup_steps:
             self._cross_attention = cross_attention_names(model, self.parameters)
         self.optimizer = new_optimizer(model, self.parameters, settings.optimizer)
+        self._opening: Opening | None = None
+        if settings.opening is not None:
+            # A checkpoint's config has the masks of its step, not those the run began with.
+            first = Masks.of(model) if state.first_masks is None else Masks(**state.first_masks)
+            state.first_masks = asdict(first)
+            self._opening = Opening(settings.opening, first, settings.seed)
         self.average: AverageWeights | None = None
         if settings.ema_decay is not None:
             self.average = AverageWeights(dict(model.named_parameters()), settings.ema_decay)
@@ -280,6 +288,7 @@ class Trainer:
         if self._world.is_main:
             self._output.mkdir(parents=True, exist_ok=True)
         saved_step = None if checkpoint is None else self._state.step
+        self._set_masks()
         self._announce()
         while True:
             is_last = self._state.step == self._settings.steps
@@ -319,14 +328,21 @@ class Trainer:
             seed=settings.seed,
             world=self._world,
             reduce_every_batch=settings.reduce_every_batch,
+            opening=self._opening,
         )
         if self.average is not None:
             self.average.update()
         self._state.step = step
+        self._set_masks()
         self._state.losses.append(result.loss)
         self._state.tokens += result.real_tokens
         for callback in self.callbacks:
             callback.on_step(step, result)
+
+    def _set_masks(self) -> None:
+        """What evaluations and checkpoints see after the steps so far."""
+        if self._opening is not None:
+            self._opening.after(self._state.step).apply(self.model)
 
     def _evaluate(self) -> None:
         assert self._held_out_loader is not None

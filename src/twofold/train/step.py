@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from twofold.data import IGNORE_INDEX, Batch
 from twofold.models import EncoderDecoder
 from twofold.train.loss import Teacher, chunked_loss
+from twofold.train.opening import Opening
 from twofold.train.parallel import local_part, reduce_gradients
 from twofold.train.world import ONE_PROCESS, World
 
@@ -125,6 +126,7 @@ def train_step(
     seed: int = 0,
     world: World = ONE_PROCESS,
     reduce_every_batch: bool = False,
+    opening: Opening | None = None,
 ) -> StepResult:
     """Update the model once on the batches of all ranks, as if they were one.
 
@@ -141,6 +143,7 @@ def train_step(
         seed: of dropout. Torch's generators are seeded for each batch from (seed, step, stream), so that what is
             dropped depends neither on the number of ranks nor on what was drawn before.
         reduce_every_batch: see `TrainSettings`.
+        opening: says what the encoder sees in each batch; the model is left with the masks of the last one.
 
     Raises:
         NonFiniteError: loss or gradient norm is not finite; nothing was updated on any rank.
@@ -161,6 +164,8 @@ def train_step(
     for stream, batch in zip(streams, batches, strict=True):
         reduce_gradients(module, reduce_every_batch or stream == streams[-1])
         torch.manual_seed(batch_seed(seed, step, stream))
+        if opening is not None:
+            opening.of_batch(step, stream).apply(module.model)
         summed = batch_loss(module, batch, device)
         (summed / n_scored).backward()  # type: ignore[no-untyped-call]
         losses[stream] = summed.detach()

@@ -1,0 +1,173 @@
+"""Which encoder layers can be opened for nothing: what opening costs, layer by layer, measured on a little text.
+
+A lossless pair with a causal encoder is its donor. Letting a layer's tokens see those after them changes what the
+decoder reads, and donors differ in which layers bear that: SmolLM2 nearly all of them, as long as the first token of a
+text keeps seeing itself alone (`sink`), Gemma 3 the upper half. The profile opens each layer by itself, orders the
+layers by what that costs, and then looks for the most layers, in that order, that can be open together within a
+budget. All losses are of PrefixLM: a text is cut in two halves, one read, one written, and the second is scored.
+
+Nothing is trained, and nothing but the mask is changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import Tensor
+
+from twofold.adapt.sample import Sample
+from twofold.config import EncoderMask
+from twofold.models import EncoderDecoder
+
+DEFAULT_BUDGET = 0.03
+"""Nats per target token, on each domain, that `encoder_mask="auto"` may cost before any training."""
+
+
+@dataclass(frozen=True)
+class Opened:
+    """Some layers open, and what that did."""
+
+    layers: tuple[int, ...]
+    cost: dict[str, float]
+    """By domain: nats per target token above the causal encoder's loss."""
+    noise: dict[str, float]
+    """By domain: standard error of that difference over examples."""
+
+    @property
+    def worst(self) -> float:
+        """Of all domains."""
+        return max(self.cost.values())
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What it costs to open the encoder of a lossless pair."""
+
+    mask: EncoderMask
+    """What layers were opened to."""
+    budget: float
+    loss: dict[str, float]
+    """By domain, nats per target token, with a causal encoder: the donor's."""
+    examples: dict[str, int]
+    """By domain; each has `source_length` + `target_length` tokens."""
+    source_length: int
+    target_length: int
+    alone: tuple[Opened, ...]
+    """Each layer by itself, by its number."""
+    order: tuple[int, ...]
+    """Layers by their cost alone on their worst domain, cheapest first."""
+    together: tuple[Opened, ...]
+    """The first n layers of that order, for the n that were tried, growing."""
+    num_opened: int
+    """The most layers, in that order, whose cost was measured and within the budget on every domain."""
+
+    @property
+    def encoder_mask(self) -> tuple[EncoderMask, ...]:
+        """One per layer: the mask for the layers that are opened, `causal` for the others."""
+        opened = set(self.order[: self.num_opened])
+        return tuple(self.mask if i in opened else "causal" for i in range(len(self.order)))
+
+    def as_json(self) -> dict[str, Any]:
+        """Everything, for a file."""
+        return asdict(self) | {"encoder_mask": self.encoder_mask}
+
+
+def profile_encoder(
+    model: EncoderDecoder,
+    texts: Mapping[str, Sequence[str]] | None = None,
+    *,
+    mask: EncoderMask = "sink",
+    budget: float = DEFAULT_BUDGET,
+    source_length: int = 128,
+    target_length: int = 128,
+    examples: int = 8,
+    watch: Callable[[Iterator[Opened], int], Iterator[Opened]] = lambda steps, total: steps,
+) -> Profile:
+    """Measure what opening each encoder layer costs a lossless pair.
+
+    Takes one forward pass over all examples for each layer, and about log2(layers) more.
+
+    Args:
+        model: with a tokenizer, aligned reads and merged layout; its mask and mode are left as they were.
+        texts, source_length, target_length, examples: see `Sample`.
+        mask: what layers are opened to, `sink` or `bidirectional`.
+        budget: nats per target token that the opened layers together may cost on each domain.
+        watch: wraps the layers as they are measured, with their number, for a progress bar.
+
+    Raises:
+        ValueError: a pair that is not its donor with a causal encoder, so that costs would mean nothing; no
+            tokenizer; `mask` is causal; or a domain without a document that is long enough.
+    """
+    config = model.config
+    if config.layout != "merged" or config.reads != "aligned":
+        raise ValueError(
+            f"a profile compares with the donor, which the pair must equal while its encoder is causal: that is "
+            f"start='lossless' (layout 'merged', reads 'aligned'), got {config.layout!r} and {config.reads!r}"
+        )
+    if mask == "causal":
+        raise ValueError("mask is what layers are opened to, 'sink' or 'bidirectional', got 'causal'")
+    lengths = {"source_length": source_length, "target_length": target_length}
+    sample = Sample(model, texts, examples=examples, **lengths)
+    n_layers = config.encoder.num_hidden_layers
+    with _left_as_it_was(model):
+        meter = _Meter(model, sample, mask)
+        alone = tuple(watch((meter.opened((i,)) for i in range(n_layers)), n_layers))
+        order = tuple(sorted(range(n_layers), key=lambda i: alone[i].worst))
+        tried: dict[int, Opened] = {}
+
+        def fits(n: int) -> bool:
+            tried[n] = meter.opened(order[:n])
+            return tried[n].worst <= budget
+
+        # Costs of more layers are taken to be higher: the whole first, then by halves.
+        low, high = (n_layers, n_layers + 1) if fits(n_layers) else (0, n_layers)
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if fits(middle) else (low, middle)
+    return Profile(
+        mask=mask,
+        budget=budget,
+        loss={name: losses.mean().item() for name, losses in meter.closed.items()},
+        examples=sample.examples,
+        **lengths,
+        alone=alone,
+        order=order,
+        together=tuple(tried[n] for n in sorted(tried)),
+        num_opened=low,
+    )
+
+
+class _Meter:
+    """Losses under a choice of open layers, beside those of the causal encoder."""
+
+    def __init__(self, model: EncoderDecoder, sample: Sample, mask: EncoderMask) -> None:
+        self._model, self._sample, self._mask = model, sample, mask
+        self.closed = self._losses(())
+
+    def opened(self, layers: Sequence[int]) -> Opened:
+        losses = self._losses(layers)
+        above = {name: losses[name] - self.closed[name] for name in losses}
+        return Opened(
+            tuple(layers),
+            {name: x.mean().item() for name, x in above.items()},
+            {name: (x.std() / len(x) ** 0.5).item() for name, x in above.items()},
+        )
+
+    def _losses(self, layers: Sequence[int]) -> dict[str, Tensor]:
+        n_layers = self._model.config.encoder.num_hidden_layers
+        self._model.set_encoder_mask([self._mask if i in layers else "causal" for i in range(n_layers)])
+        return self._sample.losses(self._model)
+
+
+@contextmanager
+def _left_as_it_was(model: EncoderDecoder) -> Iterator[None]:
+    masks, weight, is_training = model.config.encoder_mask, model.config.encoder_future_weight, model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.set_encoder_mask(masks, future_weight=weight)
+        model.train(is_training)
