@@ -1,0 +1,301 @@
+"""How a pair should start: losses before training, and against tokens, of many starts from one donor.
+
+    export TWOFOLD_DATA=/path/to/data
+    python -m benchmarks.study.study DONOR --part start --out benchmarks/results/study
+    python -m benchmarks.study.study DONOR --part train --arm control --arm sink --steps 100 --out ...
+    python -m benchmarks.study.study --part figures --out benchmarks/results/study
+
+`start` measures every arm without training; `train` trains some and measures on the way. Each arm and seed is one
+file, written when it is done (and, while it trains, at every measurement); what is there is not done again, so a study
+that was stopped goes on with the same command. `figures` draws what is there. The last line printed is one JSON object.
+
+All losses are nats per target token of PrefixLM, 128 tokens read and 128 written, over held-out documents of three
+domains, computed in float32. Differences between arms are paired: every arm is measured on the same pieces, and the
+noise given is the standard error over pieces of the difference to the donor's loss (`start`).
+
+The control is the donor itself, trained on the same tokens with the same loss: one stack of weights under a causal
+mask. Without it a drop in loss could be nothing but adaptation to the domain.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import time
+import warnings
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import twofold
+from benchmarks.common import publish, result
+from benchmarks.study.arms import Arm, arms
+from benchmarks.study.text import Texts, batches
+from twofold.adapt.profile import profile_encoder
+from twofold.checkpoint import resolve
+from twofold.config.data import DataConfig, SourceConfig
+from twofold.config.recipe import OptimizerConfig, ScheduleConfig, TrainSettings
+from twofold.data import Convention
+from twofold.models import EncoderDecoder
+from twofold.models.families import donor_family
+from twofold.train import Callback, fit
+from twofold.train.run import build_loaders
+from twofold.train.step import LossModule, StepResult, batch_loss
+
+SOURCE_LENGTH = TARGET_LENGTH = 128
+
+PROFILED = 4
+"""Pieces of each domain that a profile reads."""
+
+
+class Meter:
+    """Losses of a model on the measured pieces."""
+
+    def __init__(self, texts: Texts, count: int) -> None:
+        self._pieces = texts.pieces("measure", count)
+
+    @torch.no_grad()
+    def by_piece(self, model: EncoderDecoder) -> dict[str, list[float]]:
+        """Mean loss of each piece, by domain, float32; the model's mode is left as it was."""
+        was_training = model.training
+        module = LossModule(model.eval())
+        convention, device = Convention.of(model.config), next(model.parameters()).device
+        found: dict[str, list[float]] = {}
+        for domain, pieces in self._pieces.items():
+            found[domain] = [
+                batch_loss(module, batch, device).item() / batch.num_scored_tokens
+                for batch in batches(pieces, model.tokenizer, convention, SOURCE_LENGTH, TARGET_LENGTH)
+            ]
+        model.train(was_training)
+        return found
+
+
+def mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+def noise(values: list[float]) -> float:
+    """Standard error of the mean."""
+    middle = mean(values)
+    return (sum((x - middle) ** 2 for x in values) / (len(values) - 1) / len(values)) ** 0.5
+
+
+def make(donor: str, arm: Arm, texts: Texts, seed: int) -> EncoderDecoder:
+    """The arm's pair before training."""
+    settings = dict(arm.adapt)
+    if settings.get("encoder_mask") == "auto":
+        settings["profile"] = partial(profile_encoder, texts=texts.pieces("profile", PROFILED))
+    model = twofold.adapt(donor, dtype=torch.float32, seed=seed, **settings)
+    if arm.future_weight != 1.0:
+        model.set_encoder_mask(model.config.encoder_mask, future_weight=arm.future_weight)
+    if arm.is_random:
+        model.initialise_randomly(seed)
+    return model
+
+
+class Study:
+    """One donor's arms, and the folder their results lie in."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        self.out: Path = options.out
+        donor = resolve(options.donor)
+        self.arms = arms(donor_family(donor.config).read_config(donor.config).stack.num_hidden_layers)
+        unknown = [name for name in options.arm if name not in self.arms]
+        if unknown:
+            raise ValueError(f"unknown arms {unknown}; known are {', '.join(self.arms)}")
+        self.chosen = {name: self.arms[name] for name in options.arm or self.arms}
+        self.texts = Texts(Path(os.environ["TWOFOLD_DATA"]))
+        self.meter = Meter(self.texts, options.pieces)
+
+    def start(self) -> dict[str, float]:
+        """Every arm's loss before training, and its distance to the donor's."""
+        metrics = {}
+        donor = self._start_of("causal", self.arms["causal"])
+        for name, arm in self.chosen.items():
+            if arm.opening is not None or arm.data:
+                continue  # they start as another arm
+            found = self._start_of(name, arm)
+            for domain, losses in found["losses"].items():
+                above = [a - b for a, b in zip(losses, donor["losses"][domain], strict=True)]
+                metrics[f"{slug(name)}_{domain}_above_donor"] = mean(above)
+                metrics[f"{slug(name)}_{domain}_noise"] = noise(above)
+        return metrics
+
+    def _start_of(self, name: str, arm: Arm) -> dict[str, Any]:
+        file = self.out / f"start-{slug(name)}.json"
+        if file.exists():
+            known: dict[str, Any] = json.loads(file.read_text())["details"]
+            return known
+        model = make(self.options.donor, arm, self.texts, seed=0)
+        losses = self.meter.by_piece(model)
+        details = {
+            "arm": name,
+            "says": arm.says,
+            "losses": losses,
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "encoder_mask": model.config.encoder_mask,
+            "profile": (model.adaptation or {}).get("profile"),
+        }
+        metrics = {f"{domain}_loss": mean(values) for domain, values in losses.items()}
+        write(file, result(f"study, start of {name}", rounded(metrics), details))
+        show(f"{name}: {rounded(metrics)}")
+        return details
+
+    def train(self) -> dict[str, float]:
+        """Train the chosen arms, one after another."""
+        metrics: dict[str, float] = {}
+        for name, arm in self.chosen.items():
+            for seed in self.options.seed:
+                curve = self._train(name, arm, seed)
+                for domain, loss in curve[-1]["loss"].items():
+                    metrics[f"{slug(name)}_seed{seed}_{domain}_loss"] = loss
+        return metrics
+
+    def _train(self, name: str, arm: Arm, seed: int) -> list[dict[str, Any]]:
+        options = self.options
+        file = self.out / f"train-{slug(name)}-{options.steps}x{options.rows}-seed{seed}.json"
+        if file.exists():
+            known = json.loads(file.read_text())["details"]
+            if known["is_finished"]:
+                done: list[dict[str, Any]] = known["curve"]
+                return done
+        model = make(options.donor, arm, self.texts, seed)
+        settings = TrainSettings(
+            steps=options.steps,
+            optimizer=OptimizerConfig(learning_rate=arm.learning_rate),
+            schedule=ScheduleConfig(warmup_steps=max(1, options.steps // 20), decay="constant"),
+            precision=options.precision,
+            opening=self._opening(arm),
+            seed=seed,
+            tensorboard=False,
+            device=options.device,
+        )
+        with tempfile.TemporaryDirectory() as folder:
+            files = self.texts.write_training_files(Path(folder))
+            data = DataConfig(
+                sources=tuple(SourceConfig(path=str(path), weight=1.0) for path in files.values()),
+                source_length=SOURCE_LENGTH * options.rows,
+                target_length=TARGET_LENGTH * options.rows,
+                max_text_length=SOURCE_LENGTH + TARGET_LENGTH,
+                rows_per_batch=1,
+                seed=seed,
+                **arm.data,
+            )
+            loader, _ = build_loaders(data, model)
+            curve = Curve(model, self.meter, file, name, arm, options)
+            fit(model, loader, None, settings, Path(folder) / "run", [curve])
+        return curve.points
+
+    def _opening(self, arm: Arm) -> dict[str, Any] | None:
+        if arm.opening is None:
+            return None
+        return {**arm.opening, "steps": max(1, round(arm.opening["steps"] * self.options.steps))}
+
+
+class Curve(Callback):
+    """Measures at the beginning, now and then, and at the end; the file is written anew each time."""
+
+    def __init__(
+        self,
+        model: EncoderDecoder,
+        meter: Meter,
+        file: Path,
+        name: str,
+        arm: Arm,
+        options: argparse.Namespace,
+    ) -> None:
+        self._model, self._meter, self._file, self._name, self._arm = model, meter, file, name, arm
+        self._options = options
+        self.points: list[dict[str, Any]] = []
+        self._tokens, self._seconds = 0, 0.0
+        self._measure(0)
+
+    def on_step(self, step: int, result: StepResult) -> None:
+        self._tokens += result.real_tokens
+        self._seconds += result.seconds
+        if step % self._options.measure_every == 0 or step == self._options.steps:
+            self._measure(step)
+
+    def _measure(self, step: int) -> None:
+        losses = self._meter.by_piece(self._model)
+        point = {
+            "step": step,
+            "tokens": self._tokens,
+            "seconds": round(self._seconds, 1),
+            "loss": {domain: mean(values) for domain, values in losses.items()},
+        }
+        self.points.append(point)
+        details = {
+            "arm": self._name,
+            "says": self._arm.says,
+            "learning_rate": self._arm.learning_rate,
+            "donor": Path(self._options.donor).name,
+            "precision": self._options.precision,
+            "is_finished": step == self._options.steps,
+            "curve": self.points,
+        }
+        metrics = {f"{domain}_loss": value for domain, value in point["loss"].items()}
+        write(self._file, result(f"study, training of {self._name}", rounded(metrics), details))
+        show(f"{self._name}, step {step}, {self._tokens:,} tokens, {self._seconds:.0f} s: {rounded(metrics)}")
+
+
+def rounded(metrics: dict[str, float]) -> dict[str, float]:
+    return {name: float(f"{value:.5g}") for name, value in metrics.items()}
+
+
+def slug(name: str) -> str:
+    return name.replace(" ", "_").replace(".", "")
+
+
+def write(file: Path, content: dict[str, Any]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial_file = file.with_suffix(".partial")
+    partial_file.write_text(json.dumps(content) + "\n")
+    partial_file.replace(file)
+
+
+def show(line: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')} {line}", file=sys.stderr, flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("donor", nargs="?", help="folder, hub name or GGUF file of a decoder-only model")
+    parser.add_argument("--part", choices=["start", "train", "figures"], required=True)
+    parser.add_argument("--arm", action="append", default=[], help="only this one; may be repeated")
+    parser.add_argument("--seed", action="append", type=int, default=[], help="may be repeated; default 0")
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--rows", type=int, default=4, help="examples of 128 + 128 tokens in a step")
+    parser.add_argument("--measure-every", type=int, default=25)
+    parser.add_argument("--pieces", type=int, default=24, help="measured, of each domain")
+    parser.add_argument("--precision", choices=["float32", "bfloat16"], default="bfloat16")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/study"))
+    options = parser.parse_args()
+    options.seed = options.seed or [0]
+    if options.part == "figures":
+        from benchmarks.study.figures import draw
+
+        metrics, details = draw(options.out)
+        publish(result("study, figures", rounded(metrics), details), None)
+        return
+    if options.donor is None:
+        parser.error(f"--part {options.part} needs a donor")
+    if "TWOFOLD_DATA" not in os.environ:
+        parser.error("set TWOFOLD_DATA to the folder that holds corpora/")
+    warnings.filterwarnings("ignore", message=".*held-out.*")
+    study = Study(options)
+    metrics = study.start() if options.part == "start" else study.train()
+    publish(result(f"study, {options.part}", rounded(metrics), {"arms": list(study.chosen)}), None)
+
+
+if __name__ == "__main__":
+    main()
