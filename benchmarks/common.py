@@ -24,10 +24,27 @@ def result(name: str, metrics: dict[str, float], details: dict[str, Any]) -> dic
         "details": details,
         "hardware": hardware(),
         "versions": versions(),
-        "command": shlex.join(["python", *sys.argv]),
+        "command": command(sys.argv),
         "commit": commit(),
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
     }
+
+
+def command(arguments: list[str]) -> str:
+    """What was typed, from the root of the repository; of files elsewhere the name alone."""
+    root = Path(__file__).resolve().parents[1]
+
+    def shown(argument: str) -> str:
+        path = Path(argument)
+        if not path.is_absolute():
+            return argument
+        return (
+            str(path.relative_to(root))
+            if path.is_relative_to(root) and ".venv" not in path.parts
+            else path.name
+        )
+
+    return shlex.join(["python", *map(shown, arguments)])
 
 
 def publish(report: dict[str, Any], out: Path | None) -> None:

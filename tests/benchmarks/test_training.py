@@ -136,3 +136,20 @@ def test_both_contenders_do_the_same_work(tmp_path: Path, byte_tokenizer, monkey
     assert ours["real_tokens"] <= ours["positions"] == 3 * (64 + 32)
     with pytest.raises(KeyError, match="unknown settings"):
         contend({"batchsize": 4})
+
+
+def test_commands_name_no_folder_of_the_machine():
+    from common import command
+
+    root = Path(__file__).parents[2]
+    typed = [
+        str(root / "benchmarks" / "study" / "study.py"),
+        "/data/donor.gguf",
+        "--part",
+        "start",
+        "--arm",
+        "a b",
+    ]
+    wanted = "python benchmarks/study/study.py donor.gguf --part start --arm 'a b'"
+    assert command(typed) == wanted
+    assert command(["benchmarks/training.py", "--quick"]) == "python benchmarks/training.py --quick"
