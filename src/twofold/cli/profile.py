@@ -61,7 +61,7 @@ def profile_donor(donor: str, folder: Path, profile: Profiler, *, overwrite: boo
     folder.mkdir(parents=True, exist_ok=True)
     files[0].write_text(json.dumps({"donor": donor, **found.as_json()}, indent=1) + "\n")
     try:
-        plot(found, files[1], donor)
+        plot(found, files[1], Path(donor).name)
     except ModuleNotFoundError:
         warnings.warn(f"no {files[1]}: matplotlib is missing; pip install 'twofold[plot]'", stacklevel=2)
     return found
