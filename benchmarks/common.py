@@ -24,7 +24,7 @@ def result(name: str, metrics: dict[str, float], details: dict[str, Any]) -> dic
         "details": details,
         "hardware": hardware(),
         "versions": versions(),
-        "command": command(sys.argv),
+        "command": command(sys.orig_argv[1:]),
         "commit": commit(),
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
     }
