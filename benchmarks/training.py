@@ -102,7 +102,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--part", action="append", choices=list(PARTS), help="only this one; may be repeated")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where parts a to d run")
     parser.add_argument(
-        "--pairs", type=int, help="of parts a, f, g: size of the pool; default: 96, quick: 24"
+        "--pairs", type=int, help="of parts a, f, g: size of the pool; default: 96, quick: 16"
     )
     parser.add_argument(
         "--compile", action="store_true", help="of parts a, f, g: try torch.compile in the trainer"

@@ -18,8 +18,8 @@ from training_ours import pool_loader, pretraining_data, supervised_data
 
 from twofold.models import EncoderDecoder
 
-SECONDS, SECONDS_QUICK = 20.0, 3.0
-DOCUMENTS_QUICK = {"prefix_lm": 60, "supervised": 1500}
+SECONDS, SECONDS_QUICK = 20.0, 1.5
+DOCUMENTS_QUICK = {"prefix_lm": 30, "supervised": 600}
 """Less to tokenise before the clock starts."""
 
 ROWS_PER_BATCH = 8

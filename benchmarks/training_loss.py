@@ -202,7 +202,7 @@ def loss_costs(*, quick: bool, device: str) -> tuple[dict[str, float], dict[str,
         size = (num_tokens, width, vocab_size)
         plain = measure_memory(plain_loss, *size, "cuda" if device == "cuda" else "meta")
         ours = measure_memory(our_loss, *size, device)
-        times = measure_seconds(fitting, width, vocab_size, device, rounds=2 if quick else 3)
+        times = measure_seconds(fitting, width, vocab_size, device, rounds=1 if quick else 3)
         case = {
             "tokens": num_tokens,
             "width": width,

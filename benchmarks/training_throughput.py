@@ -39,7 +39,7 @@ class Case(NamedTuple):
     timeout_s: float
 
 
-QUICK = Case("", B_B_QUICK, 49_152, 24, 8, 256, 64, 60.0)
+QUICK = Case("", B_B_QUICK, 49_152, 16, 8, 192, 48, 60.0)
 FULL = Case("", B_B, 49_152, 96, 24, 1024, None, 3600.0)
 # Logits of targets as they are would need 20 GB in the peer; limited for both.
 LARGE_VOCABULARY = Case("_256k", B_B, 256_000, 96, 24, 1024, 128, 3600.0)
