@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from twofold.data.convention import Convention, make_example
+from twofold.data.convention import IGNORE_INDEX, Convention, make_example
 from twofold.data.tokenize import encode
 from twofold.models import EncoderDecoder
 from twofold.models.stack import EncoderOutput
@@ -127,5 +127,5 @@ def _loss(model: EncoderDecoder, batch: tuple[Tensor, Tensor, Tensor], source: E
     device = source.last_hidden_state.device
     _, decoder_ids, labels = (x.to(device) for x in batch)
     logits_BTV = model(decoder_input_ids=decoder_ids, encoder_output=source).logits
-    losses = F.cross_entropy(logits_BTV.transpose(1, 2), labels, ignore_index=-100, reduction="none")
-    return (losses.double().sum(dim=1) / (labels != -100).sum(dim=1)).cpu()
+    losses = F.cross_entropy(logits_BTV.transpose(1, 2), labels, ignore_index=IGNORE_INDEX, reduction="none")
+    return (losses.double().sum(dim=1) / (labels != IGNORE_INDEX).sum(dim=1)).cpu()
