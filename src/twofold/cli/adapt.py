@@ -15,7 +15,7 @@ from twofold.adapt import Choices, Plan, adapt_to_folder
 from twofold.adapt.adaptation import Initialised
 from twofold.adapt.profile import DEFAULT_BUDGET
 from twofold.cli.console import err, note, print_json
-from twofold.cli.profile import depth_chooser, profile_donor, profiler, show
+from twofold.cli.profile import depth_chooser, profile_donor, profiler, read_domains, show
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -84,7 +84,8 @@ def adapt_command(
     """Make an encoder-decoder out of one decoder-only model (balanced), or of two that share a tokenizer."""
     if dtype is not None and dtype not in _DTYPES:
         raise ValueError(f"--dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}")
-    measure = profiler(profile_text or (), budget)
+    domains = read_domains(profile_text or ())
+    measure = profiler(domains, budget)
     if profile:
         if decoder is not None:
             raise ValueError("--profile measures one donor's balanced pair; leave the decoder's donor out")
@@ -126,7 +127,7 @@ def adapt_command(
         overwrite=overwrite,
         watch=_with_progress,
         profile=measure,
-        choose=depth_chooser(profile_text or ()),
+        choose=depth_chooser(domains),
     )
     seconds = time.perf_counter() - started
     summary = {key: report[key] for key in ("start", "num_parameters", "dtype", "cross_attention", "donors")}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -23,27 +23,48 @@ ENOUGH_DOCUMENTS = 200
 """Read of each domain; a profile takes the first that are long enough."""
 
 
-def profiler(texts: Sequence[str], budget: float) -> Profiler:
-    """A profile over the given domains, with a progress bar.
+Domains = Mapping[str, Sequence[str]]
+"""Documents by the name of their domain."""
+
+
+def read_domains(texts: Sequence[str]) -> Domains | None:
+    """Documents of each domain.
 
     Args:
-        texts: `name=path` or a path for each domain; none: the texts that are on every machine.
+        texts: `name=path` or a path for each domain.
+
+    Returns:
+        None where none is given: the texts that are on every machine.
 
     Raises:
         ValueError: two domains of one name, or a file without text.
         FileNotFoundError: no such file.
     """
-    domains = _domains(texts) or None
+    domains: dict[str, list[str]] = {}
+    for text in texts:
+        name, equals, path = text.partition("=")
+        if not equals:
+            name, path = Path(text).name.partition(".")[0], text
+        if name in domains:
+            raise ValueError(f"--profile-text gives two domains the name {name!r}; name them: NAME=PATH")
+        config = SourceConfig(path=path)
+        records = (parse_record(raw, config) for raw in SourceReader(config))
+        domains[name] = [record["text"] for record, _ in zip(records, range(ENOUGH_DOCUMENTS), strict=False)]
+    return domains or None
+
+
+def profiler(domains: Domains | None, budget: float) -> Profiler:
+    """A profile over the given domains, with a progress bar."""
     return partial(profile_encoder, texts=domains, budget=budget, watch=_with_progress)
 
 
-def depth_chooser(texts: Sequence[str]) -> DepthChooser:
-    """The choice of decoder layers over the given domains (see `profiler`), with a progress bar."""
+def depth_chooser(domains: Domains | None) -> DepthChooser:
+    """The choice of decoder layers over the given domains, with a progress bar."""
 
     def watch(rounds: Iterator[Round], total: int) -> Iterator[Round]:
         yield from track(rounds, description="taking layers out", total=total, console=err, transient=True)
 
-    return partial(choose_decoder_layers, texts=_domains(texts) or None, watch=watch)
+    return partial(choose_decoder_layers, texts=domains, watch=watch)
 
 
 def profile_donor(donor: str, folder: Path, profile: Profiler, *, overwrite: bool) -> Profile:
@@ -126,20 +147,6 @@ def plot(profile: Profile, path: Path, title: str) -> None:
         axes.legend()
     figure.savefig(path, dpi=120)
     plt.close(figure)
-
-
-def _domains(texts: Sequence[str]) -> dict[str, list[str]]:
-    domains: dict[str, list[str]] = {}
-    for text in texts:
-        name, equals, path = text.partition("=")
-        if not equals:
-            name, path = Path(text).name.partition(".")[0], text
-        if name in domains:
-            raise ValueError(f"--profile-text gives two domains the name {name!r}; name them: NAME=PATH")
-        config = SourceConfig(path=path)
-        records = (parse_record(raw, config) for raw in SourceReader(config))
-        domains[name] = [record["text"] for record, _ in zip(records, range(ENOUGH_DOCUMENTS), strict=False)]
-    return domains
 
 
 def _with_progress(steps: Iterator[Opened], total: int) -> Iterator[Opened]:
