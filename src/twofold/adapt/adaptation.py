@@ -37,6 +37,7 @@ def adapt(
     *,
     start: Start = "published",
     encoder_mask: MaskChoice | None = None,
+    future_weight: float = 1.0,
     encoder_layers: Sequence[int] | None = None,
     decoder_layers: Sequence[int] | None = None,
     decoder_depth: int | None = None,
@@ -61,7 +62,8 @@ def adapt(
         start: how the two halves meet at first; see `adapt.plan`.
         encoder_mask: one for all layers or one per layer. Default: `bidirectional`; for the lossless start `causal`,
             which keeps the pair equal to its donor until a `sink` or `bidirectional` mask is chosen. `auto`, for the
-            lossless start: opens the layers that `profile` finds to cost next to nothing; the rest stays causal.
+            lossless start: as open as `profile` finds to cost next to nothing.
+        future_weight: factor on the attention weight of keys after the query, see `EncoderDecoderConfig`.
         encoder_layers: donor layers that the encoder keeps; default all.
         decoder_layers: donor layers that the decoder keeps; default all.
         decoder_depth: how many of them stay, where measurement is to say which; see `choose_decoder_layers`.
@@ -90,6 +92,7 @@ def adapt(
     choices = Choices(
         start=start,
         encoder_mask=encoder_mask,
+        future_weight=future_weight,
         encoder_layers=encoder_layers,
         decoder_layers=decoder_layers,
         decoder_depth=decoder_depth,
@@ -154,8 +157,9 @@ def settle(
     if is_auto:
         found = profile(model)
         findings["profile"] = found.as_json()
-        choices = replace(choices, encoder_mask=found.encoder_mask)
-        model.set_encoder_mask(found.encoder_mask)
+        weight = found.chosen.future_weight
+        choices = replace(choices, encoder_mask=found.encoder_mask, future_weight=weight)
+        model.set_encoder_mask(found.encoder_mask, future_weight=weight)
     if choices.decoder_depth is not None:
         depth = choose(model, choices.decoder_depth)
         findings["depth"] = depth.as_json()
