@@ -34,11 +34,13 @@ import torch
 
 import twofold
 from benchmarks.common import publish, result
-from benchmarks.study.arms import Arm, arms
+from benchmarks.study.arms import KD_HIDDEN, Arm, arms
+from benchmarks.study.depth import kept_layers
 from benchmarks.study.text import Texts, batches
 from twofold.adapt.profile import profile_encoder
 from twofold.checkpoint import resolve
 from twofold.config.data import DataConfig, SourceConfig
+from twofold.config.distillation import DistillationConfig
 from twofold.config.recipe import OptimizerConfig, ScheduleConfig, TrainSettings
 from twofold.data import Convention
 from twofold.models import EncoderDecoder
@@ -46,6 +48,7 @@ from twofold.models.families import donor_family
 from twofold.train import Callback, fit
 from twofold.train.run import build_loaders
 from twofold.train.step import LossModule, StepResult, batch_loss
+from twofold.train.teacher import Distillation, open_distillation
 
 SOURCE_LENGTH = TARGET_LENGTH = 128
 
@@ -91,8 +94,6 @@ def make(donor: str, arm: Arm, texts: Texts, seed: int) -> EncoderDecoder:
     if settings.get("encoder_mask") == "auto":
         settings["profile"] = partial(profile_encoder, texts=texts.pieces("profile", PROFILED))
     model = twofold.adapt(donor, dtype=torch.float32, seed=seed, **settings)
-    if arm.future_weight != 1.0:
-        model.set_encoder_mask(model.config.encoder_mask, future_weight=arm.future_weight)
     if arm.is_random:
         model.initialise_randomly(seed)
     return model
@@ -105,7 +106,8 @@ class Study:
         self.options = options
         self.out: Path = options.out
         donor = resolve(options.donor)
-        self.arms = arms(donor_family(donor.config).read_config(donor.config).stack.num_hidden_layers)
+        n_layers = donor_family(donor.config).read_config(donor.config).stack.num_hidden_layers
+        self.arms = arms(n_layers, kept_layers(self.out))
         unknown = [name for name in options.arm if name not in self.arms]
         if unknown:
             raise ValueError(f"unknown arms {unknown}; known are {', '.join(self.arms)}")
@@ -118,7 +120,7 @@ class Study:
         metrics = {}
         donor = self._start_of("causal", self.arms["causal"])
         for name, arm in self.chosen.items():
-            if arm.opening is not None or arm.data:
+            if arm.opening is not None or arm.data or arm.distillation not in (None, KD_HIDDEN):
                 continue  # they start as another arm
             found = self._start_of(name, arm)
             for domain, losses in found["losses"].items():
@@ -187,10 +189,24 @@ class Study:
                 seed=seed,
                 **arm.data,
             )
-            loader, _ = build_loaders(data, model)
+            teacher = self._teacher(arm, model)
+            loader, _ = build_loaders(data, model, teaching=None if teacher is None else teacher.teaching)
             curve = Curve(model, self.meter, file, name, arm, options)
-            fit(model, loader, None, settings, Path(folder) / "run", [curve])
+            taught = {} if teacher is None else {"teacher": teacher.teacher, "matching": teacher.matching}
+            fit(model, loader, None, settings, Path(folder) / "run", [curve], **taught)
         return curve.points
+
+    def _teacher(self, arm: Arm, student: EncoderDecoder) -> Distillation | None:
+        if arm.distillation is None:
+            return None
+        return open_distillation(
+            DistillationConfig(teacher=self.options.donor, **arm.distillation),
+            student,
+            pad_multiple=DataConfig.model_fields["pad_multiple"].default,
+            max_raw_length=SOURCE_LENGTH + TARGET_LENGTH,
+            precision=self.options.precision,
+            device=next(student.parameters()).device,
+        )
 
     def _opening(self, arm: Arm) -> dict[str, Any] | None:
         if arm.opening is None:
