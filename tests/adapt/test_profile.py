@@ -161,6 +161,28 @@ def test_auto_opens_what_the_profile_says_in_memory_and_on_disk(folder, tmp_path
     assert written["profile"]["encoder_mask"] == ["causal", "sink", "sink", "causal"]
 
 
+def test_a_lossless_pair_is_measured_unless_a_mask_is_chosen(folder, tmp_path):
+    asked = []
+
+    def measure(model):
+        asked.append(model.config.tie_stacks)
+        return stub(model)
+
+    assert twofold.adapt(folder, profile=measure).config.encoder_mask == ("causal", "sink", "sink", "causal")
+    adapt_to_folder(folder, None, tmp_path / "out", Choices(decoder_layers=(0, 2)), profile=measure)
+    adapt_to_folder(folder, None, tmp_path / "whole", Choices(), profile=measure)
+    assert asked == [False, False, True]  # on the way to a folder one copy of the donor is enough
+    assert twofold.load(tmp_path / "out").config.encoder_future_weight == 0.5
+    for chosen in ({"encoder_mask": "sink"}, {"start": "published"}, {"layout": "separate"}):
+        assert "profile" not in twofold.adapt(folder, **chosen, profile=measure).adaptation
+    assert len(asked) == 3
+    for file in folder.glob("*token*"):
+        file.unlink()
+    with pytest.warns(UserWarning, match="no tokenizer.*stays causal"):
+        model = twofold.adapt(folder, profile=measure)
+    assert model.config.encoder_mask == ("causal",) * 4
+
+
 def test_depth_is_measured_after_the_encoder_is_open(folder, tmp_path):
     seen = []
 
@@ -210,12 +232,12 @@ def test_tied_stacks_have_the_donors_parameters_and_its_logits(folder, tmp_path)
     from transformers import AutoModelForCausalLM
 
     theirs = AutoModelForCausalLM.from_pretrained(folder)
-    model = twofold.adapt(folder, start="lossless", tie_stacks=True)
+    model = twofold.adapt(folder, encoder_mask="causal", tie_stacks=True)
     assert sum(p.numel() for p in model.parameters()) == sum(p.numel() for p in theirs.parameters())
     ids = torch.randint(3, 250, (2, 14), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         wanted, found = theirs(ids).logits[:, 6:], model(ids[:, :6], None, ids[:, 6:]).logits
     assert (found - wanted).abs().max() < 1e-5 * wanted.abs().max()
-    report = adapt_to_folder(folder, None, tmp_path / "out", Choices(start="lossless", tie_stacks=True))
+    report = adapt_to_folder(folder, None, tmp_path / "out", Choices(encoder_mask="causal", tie_stacks=True))
     assert report["num_parameters"] == sum(p.numel() for p in theirs.parameters())
     assert twofold.load(tmp_path / "out").config.tie_stacks

@@ -35,8 +35,9 @@ MaskChoice = EncoderMask | Literal["auto"] | Sequence[EncoderMask]
 class Choices:
     """What a user may choose; None takes the start's own value (see `plan_config`)."""
 
-    start: Start = "published"
+    start: Start = "lossless"
     encoder_mask: MaskChoice | None = None
+    """None: `bidirectional`; in pairs that start as their donor `auto`."""
     future_weight: float = 1.0
     """See `EncoderDecoderConfig.encoder_future_weight`; what `encoder_mask="auto"` finds comes in its place."""
     encoder_layers: Sequence[int] | None = None
@@ -61,9 +62,8 @@ class Choices:
                 "start='scaled_copy' scales the output of a cross-attention sub-layer, which layout='merged' "
                 "does not have; use layout='separate' or start='published'"
             )
-        meeting = (self.start, self.layout or "merged", self.reads or "aligned")
         is_measured = self.encoder_mask == "auto" or self.decoder_depth is not None
-        if is_measured and meeting != ("lossless", "merged", "aligned"):
+        if is_measured and not self.starts_as_donor:
             raise ValueError(
                 "encoder_mask='auto' and decoder_depth measure what a change costs next to the donor, so the pair must "
                 f"start as its donor: start='lossless', got start={self.start!r}, layout={self.layout!r}, "
@@ -82,6 +82,12 @@ class Choices:
             raise ValueError(
                 f"encoder_mask must be of {', '.join(get_args(EncoderMask))}, or auto, got {bad[0]!r}"
             )
+
+    @property
+    def starts_as_donor(self) -> bool:
+        """With a causal encoder the pair computes what its donor does."""
+        meeting = (self.start, self.layout or "merged", self.reads or "aligned")
+        return meeting == ("lossless", "merged", "aligned")
 
 
 @dataclass(frozen=True)

@@ -109,7 +109,7 @@ def profile_encoder(
 
     Args:
         model: with a tokenizer, aligned reads and merged layout; its mask and mode are left as they were.
-        texts, source_length, target_length, examples: see `Sample`.
+        texts, source_length, target_length, examples: see `Sample`; lengths are cut to what the model can read.
         mask: what layers are opened to, `sink` or `bidirectional`.
         budget: nats per target token that the opened layers together may cost on each domain.
         each_layer: measure layers one by one also where all of them can be opened.
@@ -127,7 +127,8 @@ def profile_encoder(
         )
     if mask == "causal":
         raise ValueError("mask is what layers are opened to, 'sink' or 'bidirectional', got 'causal'")
-    lengths = {"source_length": source_length, "target_length": target_length}
+    half = config.encoder.max_position_embeddings // 2
+    lengths = {"source_length": min(source_length, half), "target_length": min(target_length, half)}
     sample = Sample(model, texts, examples=examples, **lengths)
     n_layers = config.encoder.num_hidden_layers
     with _left_as_it_was(model):

@@ -26,12 +26,12 @@ def adapt_command(
         str | None, typer.Argument(help="Donor of the decoder. Left out: the same donor, a balanced pair.")
     ] = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write.")] = ...,  # type: ignore[assignment]
-    start: Annotated[str, typer.Option(help="published, scaled_copy, random or lossless.")] = "published",
+    start: Annotated[str, typer.Option(help="lossless, published, scaled_copy or random.")] = "lossless",
     encoder_mask: Annotated[
         str | None,
         typer.Option(
-            help="bidirectional, causal or sink; or one per layer, separated by commas; or auto: as open as a "
-            "profile finds to cost next to nothing (lossless start)."
+            help="bidirectional, causal or sink; or one per layer, separated by commas; or auto (default of the "
+            "lossless start): as open as a profile finds to cost next to nothing."
         ),
     ] = None,
     future_weight: Annotated[
