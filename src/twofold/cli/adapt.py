@@ -120,6 +120,8 @@ def adapt_command(
         + (f" (encoder) and {decoder} (decoder)" if decoder else "")
         + f", start: {start}"
     )
+    if choices.starts_as_donor and choices.encoder_mask in (None, "auto"):
+        note("measuring how far its encoder can be opened (--encoder-mask causal: not at all, and at once)")
     started = time.perf_counter()
     report = adapt_to_folder(
         encoder,
