@@ -109,7 +109,7 @@ def adapt(donor: Path, work: Path, start: str) -> dict[str, float]:
     """Adapt in a child process; the pair is removed afterwards."""
     out = work / "pair"
     code = "import sys; from twofold.cli import main; sys.argv[0] = 'twofold'; main()"
-    arguments = ["adapt", str(donor), "-o", str(out), "--start", start, "--json"]
+    arguments = ["adapt", str(donor), "-o", str(out), "--start", start, "--encoder-mask", "causal", "--json"]
     started = time.perf_counter()
     child = os.spawnv(os.P_NOWAIT, sys.executable, [sys.executable, "-W", "ignore", "-c", code, *arguments])
     _, status, usage = os.wait4(child, 0)

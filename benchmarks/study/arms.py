@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-LOSSLESS: Mapping[str, Any] = {"start": "lossless"}
+LOSSLESS: Mapping[str, Any] = {"start": "lossless", "encoder_mask": "causal"}
 
 
 @dataclass(frozen=True)

@@ -247,7 +247,9 @@ def main() -> None:
     meter = Meter(texts, options.pieces)
     started = time.perf_counter()
 
-    donor = twofold.adapt(options.donor, start="lossless", tie_stacks=True, dtype=torch.float32)
+    donor = twofold.adapt(
+        options.donor, start="lossless", encoder_mask="causal", tie_stacks=True, dtype=torch.float32
+    )
     read = [piece for pieces in texts.pieces("train", options.axes_pieces).values() for piece in pieces]
     axes_DD = principal_axes(donor, read)
     weights, stack = narrowed(single_stack(donor), donor.config.encoder, axes_DD, options.width)
@@ -258,7 +260,7 @@ def main() -> None:
     show(f"donor: {rounded(metrics)}")
     with tempfile.TemporaryDirectory() as cut:
         write_llama(Path(cut), weights, stack, tokenizer, donor)
-        student = twofold.adapt(cut, start="lossless", tie_stacks=True)
+        student = twofold.adapt(cut, start="lossless", encoder_mask="causal", tie_stacks=True)
     del donor, weights
     for domain, losses in meter.by_piece(student).items():
         metrics[f"{domain}_cut"] = mean(losses)

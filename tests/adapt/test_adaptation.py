@@ -122,6 +122,8 @@ def test_unbalanced_pair_of_unequal_widths(save_donor):
     assert model.adaptation["tensors"]["model.decoder.layers.0.cross_attn.q_proj.weight"]["rule"] == "normal"
     ids = random_ids(2, 6)
     assert torch.isfinite(model(ids, None, ids).logits).all()
+    asked = twofold.adapt(big, small, layout="separate")  # without a start: stitching needs the merged layout
+    assert asked.adaptation["start"] == "published"
     for start in ("scaled_copy", "lossless"):
         with pytest.raises(ValueError, match="encoder width 48 != decoder width 32"):
             twofold.adapt(big, small, start=start)

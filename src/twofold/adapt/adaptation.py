@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -16,6 +16,7 @@ from twofold.adapt.depth import DepthChoice, choose_decoder_layers
 from twofold.adapt.initialise import Donor, initialise, unused_tensors
 from twofold.adapt.plan import Choices, MaskChoice, Plan, PlannedTensor, Side, Start, plan_adaptation
 from twofold.adapt.profile import Profile, profile_encoder
+from twofold.adapt.stitch import Stitch, stitch
 from twofold.checkpoint import Checkpoint, copy_tokenizer, resolve, same_tokenizer
 from twofold.checkpoint.save import CheckpointWriter
 from twofold.models import EncoderDecoder
@@ -30,12 +31,15 @@ Profiler = Callable[[EncoderDecoder], Profile]
 DepthChooser = Callable[[EncoderDecoder, int], DepthChoice]
 """What `decoder_depth` asks."""
 
+Stitcher = Callable[[EncoderDecoder], Stitch]
+"""What `start="stitched"` asks."""
+
 
 def adapt(
     encoder: str | Path,
     decoder: str | Path | None = None,
     *,
-    start: Start = "lossless",
+    start: Start | None = None,
     encoder_mask: MaskChoice | None = None,
     future_weight: float = 1.0,
     encoder_layers: Sequence[int] | None = None,
@@ -51,6 +55,7 @@ def adapt(
     output_scale: float = 0.1,
     profile: Profiler = profile_encoder,
     choose: DepthChooser = choose_decoder_layers,
+    stitcher: Stitcher = stitch,
     dtype: torch.dtype | None = None,
     seed: int = 0,
 ) -> EncoderDecoder:
@@ -59,10 +64,11 @@ def adapt(
     Args:
         encoder: donor of the encoder: a folder, a hub name or a GGUF file.
         decoder: donor of the decoder. None: the encoder's donor, a balanced pair.
-        start: how the two halves meet at first; see `adapt.plan`.
+        start: how the two halves meet at first; see `adapt.plan`. Default: `lossless`, and `stitched` where the donors'
+            widths differ.
         encoder_mask: one for all layers or one per layer. `auto`, for the lossless start: as open as `profile` finds to
-            cost next to nothing. Default: `auto` for the lossless start, else `bidirectional`. With `causal` a lossless
-            pair equals its donor.
+            cost next to nothing. Default: `auto` for the lossless start, `causal` for the stitched one, which fits to
+            the masks there are, else `bidirectional`. With `causal` a lossless pair equals its donor.
         future_weight: factor on the attention weight of keys after the query, see `EncoderDecoderConfig`.
         encoder_layers: donor layers that the encoder keeps; default all.
         decoder_layers: donor layers that the decoder keeps; default all.
@@ -78,6 +84,7 @@ def adapt(
         profile: for `encoder_mask="auto"`; give `functools.partial(profile_encoder, texts=..., budget=...)` for texts
             of your own, or another budget.
         choose: for `decoder_depth`, likewise.
+        stitcher: for `start="stitched"`, likewise; see `adapt.stitch.stitch`.
         dtype: of all parameters; default: that of the decoder donor (float32 where it is quantised).
         seed: of random parameters.
 
@@ -105,20 +112,33 @@ def adapt(
         tie_stacks=tie_stacks,
         output_scale=output_scale,
     )
-    choices, findings, model = settle(
-        encoder, decoder, choices, profile=profile, choose=choose, dtype=dtype, seed=seed, keeps_pair=True
+    choices, findings, fitted, model = settle(
+        encoder,
+        decoder,
+        choices,
+        profile=profile,
+        choose=choose,
+        stitcher=stitcher,
+        dtype=dtype,
+        seed=seed,
+        keeps_pair=True,
     )
     if model is None:
-        model = _in_memory(encoder, decoder, choices, dtype, seed)
+        model = _in_memory(encoder, decoder, choices, dtype, seed, fitted)
     assert model.adaptation is not None
     model.adaptation |= findings
     return model
 
 
 def _in_memory(
-    encoder: str | Path, decoder: str | Path | None, choices: Choices, dtype: torch.dtype | None, seed: int
+    encoder: str | Path,
+    decoder: str | Path | None,
+    choices: Choices,
+    dtype: torch.dtype | None,
+    seed: int,
+    fitted: Mapping[str, torch.Tensor] | None = None,
 ) -> EncoderDecoder:
-    with open_adaptation(encoder, decoder, choices, dtype, seed) as adaptation:
+    with open_adaptation(encoder, decoder, choices, dtype, seed, fitted) as adaptation:
         with torch.device("meta"):
             model = EncoderDecoder(adaptation.plan.config)
         state = {planned.name: tensor for planned, tensor in adaptation.tensors()}
@@ -130,6 +150,19 @@ def _in_memory(
     return model.requires_grad_(True).eval()
 
 
+class Settled(NamedTuple):
+    """What measurement and fits leave to do."""
+
+    choices: Choices
+    """With masks and layers by name."""
+    findings: dict[str, Any]
+    """For the report: `profile`, `depth`, `stitch`."""
+    fitted: Mapping[str, torch.Tensor] | None
+    """Tensors by the names of the pair's parameters; None where the start fits none."""
+    pair: EncoderDecoder | None
+    """Of these choices, where it was made on the way and is to be kept."""
+
+
 def settle(
     encoder: str | Path,
     decoder: str | Path | None,
@@ -137,27 +170,29 @@ def settle(
     *,
     profile: Profiler = profile_encoder,
     choose: DepthChooser = choose_decoder_layers,
+    stitcher: Stitcher = stitch,
     dtype: torch.dtype | None = None,
     seed: int = 0,
     keeps_pair: bool = False,
-) -> tuple[Choices, dict[str, Any], EncoderDecoder | None]:
-    """Replace what choices leave to measurement (`encoder_mask="auto"`, `decoder_depth`) by what is found on the pair,
-    which is held in memory for it.
+) -> Settled:
+    """Replace what choices leave to measurement (`encoder_mask="auto"`, `decoder_depth`) or to a fit (`stitched`) by
+    what is found on the pair, which is held in memory for it.
 
     Without a tokenizer nothing can be measured: an encoder mask that was not chosen is `causal` then, with a warning.
 
     Args:
         keeps_pair: measure the pair as it will be. Otherwise its stacks share one copy of the donor where they can.
 
-    Returns:
-        Choices with masks and layers by name; the findings for the report: `profile`, `depth`; and with `keeps_pair`
-        the pair of these choices, where it was made.
-
     Raises:
-        ValueError, FileNotFoundError: see `adapt`, `profile_encoder`, `choose_decoder_layers`.
+        ValueError, FileNotFoundError: see `adapt`, `profile_encoder`, `choose_decoder_layers`, `stitch`.
     """
+    checkpoints = resolve(encoder), resolve(encoder if decoder is None else decoder)
+    choices = choices.with_start(*(donor_family(c.config).read_config(c.config) for c in checkpoints))
+    if choices.start == "stitched":
+        stitched = stitcher(_in_memory(encoder, decoder, choices, dtype, seed))
+        return Settled(choices, {"stitch": stitched.as_json()}, stitched.projections, None)
     if choices.encoder_mask is None and choices.starts_as_donor:
-        has_tokenizer = resolve(encoder if decoder is None else decoder).has_tokenizer
+        has_tokenizer = checkpoints[1].has_tokenizer
         if not has_tokenizer:
             warnings.warn(
                 "the donor has no tokenizer, so how far its encoder can be opened cannot be measured: it stays causal. "
@@ -167,16 +202,12 @@ def settle(
         choices = replace(choices, encoder_mask="auto" if has_tokenizer else "causal")
     is_auto, depth = choices.encoder_mask == "auto", choices.decoder_depth
     if not is_auto and depth is None:
-        return choices, {}, None
+        return Settled(choices, {}, None, None)
     measured = replace(
         choices, encoder_mask="causal" if is_auto else choices.encoder_mask, decoder_depth=None
     )
-    if (
-        not keeps_pair
-        and depth is None
-        and decoder is None
-        and choices.encoder_layers == choices.decoder_layers
-    ):
+    is_donor_twice = decoder is None and choices.encoder_layers == choices.decoder_layers
+    if is_donor_twice and depth is None and not keeps_pair:
         measured = replace(measured, tie_stacks=True)
     model = _in_memory(encoder, decoder, measured, dtype, seed)
     findings: dict[str, Any] = {}
@@ -187,7 +218,7 @@ def settle(
         choices = replace(choices, encoder_mask=found.encoder_mask, future_weight=weight)
         model.set_encoder_mask(found.encoder_mask, future_weight=weight)
     if depth is None:
-        return choices, findings, model if keeps_pair else None
+        return Settled(choices, findings, None, model if keeps_pair else None)
     chosen = choose(model, depth)
     findings["depth"] = chosen.as_json()
     whole = choices.decoder_layers or range(model.config.decoder.num_hidden_layers)
@@ -198,7 +229,7 @@ def settle(
         decoder_layers=tuple(whole[i] for i in chosen.layers),
         aligned_layers=None if aligned is None else tuple(aligned[i] for i in chosen.layers),
     )
-    return choices, findings, None
+    return Settled(choices, findings, None, None)
 
 
 def adapt_to_folder(
@@ -213,12 +244,13 @@ def adapt_to_folder(
     watch: Callable[[Iterator[Initialised], Plan], Iterable[Initialised]] = lambda tensors, plan: tensors,
     profile: Profiler = profile_encoder,
     choose: DepthChooser = choose_decoder_layers,
+    stitcher: Stitcher = stitch,
 ) -> dict[str, Any]:
     """Make an encoder-decoder checkpoint, tensor by tensor, without ever holding a model in memory.
 
     Writes config.json, model.safetensors (or shards), the tokenizer, and adaptation.json, which names for each
     tensor its source, rule and shape. Peak memory is that of the largest tensor; where the encoder's mask is measured
-    that of the donor, with a `decoder_depth` that of the pair.
+    that of the donor, with a `decoder_depth` or the stitched start that of the pair.
 
     Args:
         out: a folder that does not exist yet, unless `overwrite`.
@@ -234,10 +266,17 @@ def adapt_to_folder(
     """
     with CheckpointWriter(out, overwrite=overwrite) as writer, ExitStack() as stack:
         # After the writer has found its place free: measuring takes minutes.
-        choices, findings, _ = settle(
-            encoder, decoder, choices, profile=profile, choose=choose, dtype=dtype, seed=seed
+        choices, findings, fitted, _ = settle(
+            encoder,
+            decoder,
+            choices,
+            profile=profile,
+            choose=choose,
+            stitcher=stitcher,
+            dtype=dtype,
+            seed=seed,
         )
-        job = stack.enter_context(open_adaptation(encoder, decoder, choices, dtype, seed))
+        job = stack.enter_context(open_adaptation(encoder, decoder, choices, dtype, seed, fitted))
         tensors = watch(job.tensors(), job.plan)
         writer.write_config(job.plan.config)
         writer.write_tensors(
@@ -261,10 +300,12 @@ class Adaptation:
     dtype: torch.dtype
     """Of all parameters of the pair."""
     seed: int
+    fitted: Mapping[str, torch.Tensor] | None = None
+    """See `initialise`."""
 
     def tensors(self) -> Iterator[Initialised]:
         """The pair's parameters, one by one."""
-        return initialise(self.plan, self.donors, dtype=self.dtype, seed=self.seed)
+        return initialise(self.plan, self.donors, dtype=self.dtype, seed=self.seed, fitted=self.fitted)
 
     def report(self) -> dict[str, Any]:
         """What adaptation.json says: for each tensor where it came from."""
@@ -294,6 +335,8 @@ class Adaptation:
 
 def _cross_attention_start(plan: Plan) -> str:
     kinds = {t.rule.kind for t in plan.tensors if ".cross_attn." in t.name}
+    if plan.config.source_projections == "own":
+        return "merged into self-attention, projections of its own for the source: fitted in closed form"
     if not kinds:
         return "merged into self-attention: no parameters of its own"
     return "random: train it alone first" if "normal" in kinds else "copied from self-attention"
@@ -306,11 +349,13 @@ def open_adaptation(
     choices: Choices,
     dtype: torch.dtype | None,
     seed: int,
+    fitted: Mapping[str, torch.Tensor] | None = None,
 ) -> Iterator[Adaptation]:
     """Open one or two donors and plan their pair. The donors are closed on leaving.
 
     Args:
         dtype: None: that of the decoder donor.
+        fitted: see `initialise`.
         The others are as for `adapt`.
 
     Raises:
@@ -342,7 +387,7 @@ def open_adaptation(
             side: Donor(sources[side], donor_family(c.config), configs[side])
             for side, c in checkpoints.items()
         }
-        yield Adaptation(plan, checkpoints, donors, tokenizer, dtype or donors["decoder"].dtype, seed)
+        yield Adaptation(plan, checkpoints, donors, tokenizer, dtype or donors["decoder"].dtype, seed, fitted)
 
 
 def _adds_bos(tokenizer: Any, bos_token_id: int | None) -> bool:

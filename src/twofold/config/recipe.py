@@ -24,7 +24,7 @@ class AdaptConfig(Config):
 
     encoder: str
     decoder: str | None = None
-    start: Literal["published", "scaled_copy", "random", "lossless"] = "lossless"
+    start: Literal["published", "scaled_copy", "random", "lossless", "stitched"] | None = None
     encoder_mask: EncoderMask | Literal["auto"] | tuple[EncoderMask, ...] | None = None
     future_weight: float = 1.0
     encoder_layers: tuple[int, ...] | None = None
