@@ -89,6 +89,16 @@ def arms(n_layers: int, kept_layers: Mapping[int, tuple[int, ...]]) -> dict[str,
             distillation=KD_HIDDEN,
         ),
         "merged final": Arm("T5Gemma 2's layout", {"start": "published", "layout": "merged"}, 2e-4),
+        "stitched": Arm(
+            "aligned reads, the source's projections fitted anew",
+            {"start": "stitched", "encoder_mask": "causal"},
+        ),
+        "stitched final": Arm(
+            "the encoder's output read by all layers, through fitted projections",
+            {"start": "stitched", "encoder_mask": "causal", "reads": "final"},
+            1e-4,
+            distillation=KD_HIDDEN,
+        ),
         "aligned separate": Arm(
             "aligned reads, separate cross-attention", {"start": "published", **aligned}, 2e-4
         ),

@@ -38,6 +38,7 @@ from benchmarks.study.arms import KD_HIDDEN, Arm, arms
 from benchmarks.study.depth import kept_layers
 from benchmarks.study.text import Texts, batches
 from twofold.adapt.profile import profile_encoder
+from twofold.adapt.stitch import stitch
 from twofold.checkpoint import resolve
 from twofold.config.data import DataConfig, SourceConfig
 from twofold.config.distillation import DistillationConfig
@@ -54,6 +55,9 @@ SOURCE_LENGTH = TARGET_LENGTH = 128
 
 PROFILED = 4
 """Pieces of each domain that a profile reads."""
+
+FITTED = 30
+"""Pieces of each domain that projections are fitted on, some 330 tokens each."""
 
 
 class Meter:
@@ -93,6 +97,9 @@ def make(donor: str, arm: Arm, texts: Texts, seed: int) -> EncoderDecoder:
     settings = dict(arm.adapt)
     if settings.get("encoder_mask") == "auto":
         settings["profile"] = partial(profile_encoder, texts=texts.pieces("profile", PROFILED))
+    if settings["start"] == "stitched":
+        fitted_on = texts.pieces("profile", FITTED)
+        settings["stitcher"] = partial(stitch, texts=fitted_on, tokens=1000 * FITTED)
     model = twofold.adapt(donor, dtype=torch.float32, seed=seed, **settings)
     if arm.is_random:
         model.initialise_randomly(seed)
@@ -143,6 +150,7 @@ class Study:
             "parameters": sum(p.numel() for p in model.parameters()),
             "encoder_mask": model.config.encoder_mask,
             "profile": (model.adaptation or {}).get("profile"),
+            "stitch": (model.adaptation or {}).get("stitch"),
         }
         metrics = {f"{domain}_loss": mean(values) for domain, values in losses.items()}
         write(file, result(f"study, start of {name}", rounded(metrics), details))
