@@ -4,7 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
+
+import torch
+
+import twofold
+from benchmarks.study.text import Texts
+from twofold.adapt.profile import profile_encoder
+from twofold.adapt.stitch import stitch
+from twofold.models import EncoderDecoder
+
+PROFILED = 4
+"""Pieces of each domain that a profile reads."""
+
+FITTED = 30
+"""Pieces of each domain that projections are fitted on, some 330 tokens each."""
 
 LOSSLESS: Mapping[str, Any] = {"start": "lossless", "encoder_mask": "causal"}
 
@@ -131,3 +146,17 @@ def arms(n_layers: int, kept_layers: Mapping[int, tuple[int, ...]]) -> dict[str,
         distillation=KD,
     )
     return found
+
+
+def make(donor: str, arm: Arm, texts: Texts, seed: int) -> EncoderDecoder:
+    """The arm's pair before training."""
+    settings = dict(arm.adapt)
+    if settings.get("encoder_mask") == "auto":
+        settings["profile"] = partial(profile_encoder, texts=texts.pieces("profile", PROFILED))
+    if settings["start"] == "stitched":
+        fitted_on = texts.pieces("profile", FITTED)
+        settings["stitcher"] = partial(stitch, texts=fitted_on, tokens=1000 * FITTED)
+    model = twofold.adapt(donor, dtype=torch.float32, seed=seed, **settings)
+    if arm.is_random:
+        model.initialise_randomly(seed)
+    return model
