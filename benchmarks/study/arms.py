@@ -11,15 +11,17 @@ import torch
 
 import twofold
 from benchmarks.study.text import Texts
+from twofold.adapt.depth import DepthChoice
 from twofold.adapt.profile import profile_encoder
+from twofold.adapt.refit import refit_decoder
 from twofold.adapt.stitch import stitch
 from twofold.models import EncoderDecoder
 
 PROFILED = 4
 """Pieces of each domain that a profile reads."""
 
-FITTED = 30
-"""Pieces of each domain that projections are fitted on, some 330 tokens each."""
+FITTED, FITTED_TOKENS = 60, 46_000
+"""Pieces of each domain that projections are fitted on, and their tokens in rows of 256."""
 
 LOSSLESS: Mapping[str, Any] = {"start": "lossless", "encoder_mask": "causal"}
 
@@ -138,6 +140,10 @@ def arms(n_layers: int, kept_layers: Mapping[int, tuple[int, ...]]) -> dict[str,
         found[f"decoder {kept}"] = Arm(
             f"{says}, the donor teaches, hidden states too", cut, 1e-4, distillation=KD_HIDDEN
         )
+        mended = {**faint, "decoder_depth": kept, "choose": partial(_chosen, layers)}
+        found[f"decoder {kept} refit"] = Arm(
+            f"{says}, refitted in closed form, the donor teaches", mended, 1e-4, distillation=KD
+        )
     half = evenly(n_layers // 2, n_layers)
     found[f"encoder {n_layers // 2}"] = Arm(
         f"{n_layers // 2} encoder layers, evenly spread, the donor teaches",
@@ -148,14 +154,21 @@ def arms(n_layers: int, kept_layers: Mapping[int, tuple[int, ...]]) -> dict[str,
     return found
 
 
+def _chosen(layers: tuple[int, ...], model: EncoderDecoder, keep: int) -> DepthChoice:
+    """Layers that were measured before (`depth`)."""
+    return DepthChoice(layers, {}, ())
+
+
 def make(donor: str, arm: Arm, texts: Texts, seed: int) -> EncoderDecoder:
     """The arm's pair before training."""
     settings = dict(arm.adapt)
     if settings.get("encoder_mask") == "auto":
         settings["profile"] = partial(profile_encoder, texts=texts.pieces("profile", PROFILED))
+    fitted_on = texts.pieces("train", FITTED)
     if settings["start"] == "stitched":
-        fitted_on = texts.pieces("profile", FITTED)
-        settings["stitcher"] = partial(stitch, texts=fitted_on, tokens=1000 * FITTED)
+        settings["stitcher"] = partial(stitch, texts=fitted_on, tokens=FITTED_TOKENS)
+    if "decoder_depth" in settings:
+        settings["refit"] = partial(refit_decoder, texts=fitted_on, tokens=FITTED_TOKENS)
     model = twofold.adapt(donor, dtype=torch.float32, seed=seed, **settings)
     if arm.is_random:
         model.initialise_randomly(seed)

@@ -130,6 +130,7 @@ class Study:
             "encoder_mask": model.config.encoder_mask,
             "profile": (model.adaptation or {}).get("profile"),
             "stitch": (model.adaptation or {}).get("stitch"),
+            "refit": (model.adaptation or {}).get("refit"),
         }
         metrics = {f"{domain}_loss": mean(values) for domain, values in losses.items()}
         write(file, result(f"study, start of {name}", rounded(metrics), details))

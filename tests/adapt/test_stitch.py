@@ -11,6 +11,7 @@ from tests.models.hf import gemma3_config, llama_config, qwen2_config
 from tests.models.tiny import assert_same, differ, random_ids
 from twofold.adapt import Choices, adapt_to_folder
 from twofold.adapt import stitch as module
+from twofold.adapt.sample import token_rows
 from twofold.adapt.stitch import Moments, ridge_maps, stitch
 
 LETTERS = "the quick brown fox jumps over the lazy dog and runs away from it"
@@ -186,17 +187,21 @@ def test_tokens_are_those_asked_for_and_held_out_documents_are_others(make):
     folder, _ = make(llama_config(**SIZES))
     model = twofold.adapt(folder, start="stitched", stitcher=fit)
     for tokens, length in ((1000, 40), (1001, 7)):
-        fitted, held_out = module._rows(model, TEXTS, tokens, length)
+        fitted, held_out = token_rows(model, TEXTS, tokens, length)
         rows = [row.tolist() for row in (*fitted, *held_out)]
         assert sum(map(len, rows)) == tokens
         assert max(map(len, rows)) == length
-    fitted, held_out = module._rows(model, TEXTS, 10**6, 300)
+    fitted, held_out = token_rows(model, TEXTS, 10**6, 300)
     assert (len(fitted), len(held_out)) == (36, 4)
     assert not {tuple(row.tolist()) for row in fitted} & {tuple(row.tolist()) for row in held_out}
     model.config = model.config.model_copy(update={"source_bos": True})
-    fitted, _ = module._rows(model, TEXTS, 1000, 40)
-    assert {row[0].item() for row in fitted} == {256}
-    assert max(map(len, fitted)) == 40
+    read = []
+    hook = model.encoder.register_forward_pre_hook(lambda _, args: read.append(args[0]))
+    fit(model)
+    hook.remove()
+    read = [ids for ids in read if ids.shape[1]]  # the decoder's donor reads nothing beside its text
+    assert {row[0].item() for ids in read for row in ids} == {256}
+    assert max(ids.shape[1] for ids in read) == 40
 
 
 class TestRefusals:

@@ -16,6 +16,7 @@ from twofold.adapt.depth import DepthChoice, choose_decoder_layers
 from twofold.adapt.initialise import Donor, initialise, unused_tensors
 from twofold.adapt.plan import Choices, MaskChoice, Plan, PlannedTensor, Side, Start, plan_adaptation
 from twofold.adapt.profile import Profile, profile_encoder
+from twofold.adapt.refit import Refit, refit_decoder
 from twofold.adapt.stitch import Stitch, stitch
 from twofold.checkpoint import Checkpoint, copy_tokenizer, resolve, same_tokenizer
 from twofold.checkpoint.save import CheckpointWriter
@@ -30,6 +31,9 @@ Profiler = Callable[[EncoderDecoder], Profile]
 
 DepthChooser = Callable[[EncoderDecoder, int], DepthChoice]
 """What `decoder_depth` asks."""
+
+Refitter = Callable[[EncoderDecoder, Sequence[int]], Refit]
+"""What mends a decoder behind `decoder_depth`."""
 
 Stitcher = Callable[[EncoderDecoder], Stitch]
 """What `start="stitched"` asks."""
@@ -55,6 +59,7 @@ def adapt(
     output_scale: float = 0.1,
     profile: Profiler = profile_encoder,
     choose: DepthChooser = choose_decoder_layers,
+    refit: Refitter | None = refit_decoder,
     stitcher: Stitcher = stitch,
     dtype: torch.dtype | None = None,
     seed: int = 0,
@@ -72,7 +77,8 @@ def adapt(
         future_weight: factor on the attention weight of keys after the query, see `EncoderDecoderConfig`.
         encoder_layers: donor layers that the encoder keeps; default all.
         decoder_layers: donor layers that the decoder keeps; default all.
-        decoder_depth: how many of them stay, where measurement is to say which; see `choose_decoder_layers`.
+        decoder_depth: how many of them stay, where measurement is to say which; see `choose_decoder_layers`. They are
+            fitted to make up for the others as far as they can (`refit`).
         layout: `separate` or `merged` attention to the source; like the next four, by default the start's own.
         reads: `final` or `aligned`.
         cross_rope: rotate encoder keys.
@@ -84,6 +90,8 @@ def adapt(
         profile: for `encoder_mask="auto"`; give `functools.partial(profile_encoder, texts=..., budget=...)` for texts
             of your own, or another budget.
         choose: for `decoder_depth`, likewise.
+        refit: mends what `decoder_depth` leaves, likewise; see `refit_decoder`, which families with norms behind their
+            MLPs (Gemma 2 and 3) go without. None: the layers stay as they were.
         stitcher: for `start="stitched"`, likewise; see `adapt.stitch.stitch`.
         dtype: of all parameters; default: that of the decoder donor (float32 where it is quantised).
         seed: of random parameters.
@@ -118,6 +126,7 @@ def adapt(
         choices,
         profile=profile,
         choose=choose,
+        refit=refit,
         stitcher=stitcher,
         dtype=dtype,
         seed=seed,
@@ -156,9 +165,9 @@ class Settled(NamedTuple):
     choices: Choices
     """With masks and layers by name."""
     findings: dict[str, Any]
-    """For the report: `profile`, `depth`, `stitch`."""
+    """For the report: `profile`, `depth`, `refit`, `stitch`."""
     fitted: Mapping[str, torch.Tensor] | None
-    """Tensors by the names of the pair's parameters; None where the start fits none."""
+    """Tensors by the names of the pair's parameters; None where none are fitted."""
     pair: EncoderDecoder | None
     """Of these choices, where it was made on the way and is to be kept."""
 
@@ -170,6 +179,7 @@ def settle(
     *,
     profile: Profiler = profile_encoder,
     choose: DepthChooser = choose_decoder_layers,
+    refit: Refitter | None = refit_decoder,
     stitcher: Stitcher = stitch,
     dtype: torch.dtype | None = None,
     seed: int = 0,
@@ -221,6 +231,10 @@ def settle(
         return Settled(choices, findings, None, model if keeps_pair else None)
     chosen = choose(model, depth)
     findings["depth"] = chosen.as_json()
+    fitted = None
+    if refit is not None and not model.config.decoder.post_norms:
+        mended = refit(model, chosen.layers)
+        findings["refit"], fitted = mended.as_json(), mended.weights
     whole = choices.decoder_layers or range(model.config.decoder.num_hidden_layers)
     aligned = choices.aligned_layers
     choices = replace(
@@ -229,7 +243,7 @@ def settle(
         decoder_layers=tuple(whole[i] for i in chosen.layers),
         aligned_layers=None if aligned is None else tuple(aligned[i] for i in chosen.layers),
     )
-    return Settled(choices, findings, None, None)
+    return Settled(choices, findings, fitted, None)
 
 
 def adapt_to_folder(
@@ -244,6 +258,7 @@ def adapt_to_folder(
     watch: Callable[[Iterator[Initialised], Plan], Iterable[Initialised]] = lambda tensors, plan: tensors,
     profile: Profiler = profile_encoder,
     choose: DepthChooser = choose_decoder_layers,
+    refit: Refitter | None = refit_decoder,
     stitcher: Stitcher = stitch,
 ) -> dict[str, Any]:
     """Make an encoder-decoder checkpoint, tensor by tensor, without ever holding a model in memory.
@@ -272,6 +287,7 @@ def adapt_to_folder(
             choices,
             profile=profile,
             choose=choose,
+            refit=refit,
             stitcher=stitcher,
             dtype=dtype,
             seed=seed,
@@ -313,7 +329,9 @@ class Adaptation:
         tensors = {}
         for planned in self.plan.tensors:
             rule = planned.rule
-            entry: dict[str, Any] = {"rule": rule.kind, "shape": list(planned.shape)}
+            is_refit = rule.kind == "copy" and planned.name in (self.fitted or ())
+            kind = "refit" if is_refit else rule.kind
+            entry: dict[str, Any] = {"rule": kind, "shape": list(planned.shape)}
             if rule.side is not None and rule.donor_name is not None:
                 entry["donor"] = rule.side
                 entry["source"] = self.donors[rule.side].their_names[rule.donor_name]

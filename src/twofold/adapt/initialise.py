@@ -75,16 +75,14 @@ def initialise(
     Random ones depend on `seed` and their own name alone, so they are the same in any order.
 
     Args:
-        fitted: tensors of the rule `fitted` by name. None: they have not been fitted yet, and are zero.
+        fitted: tensors that were fitted, by name. Those of the rule `fitted` that are not among them are zero.
 
     Raises:
         ValueError: a donor tensor is missing or has a shape that the plan does not allow.
     """
+    fitted = fitted or {}
     for planned in plan.tensors:
-        if fitted is not None and planned.rule.kind == "fitted":
-            tensor = fitted[planned.name]
-        else:
-            tensor = _make(planned, donors, seed)
+        tensor = fitted[planned.name] if planned.name in fitted else _make(planned, donors, seed)
         if tuple(tensor.shape) != planned.shape:
             raise ValueError(
                 f"{planned.name}: donor tensor {planned.rule.donor_name} has shape {list(tensor.shape)}, "

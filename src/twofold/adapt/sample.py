@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -18,6 +19,9 @@ from twofold.objectives.prefix_lm import prefix_lm
 ROWS_AT_ONCE = 4
 """Logits of so many rows exist at a time."""
 
+HELD_OUT_SHARE = 10
+"""Where something is fitted, every tenth document is held out: it chooses the ridge, and says how good the fit is."""
+
 
 def default_texts() -> dict[str, list[str]]:
     """One domain that is on every machine: Python's own language reference, as `help()` shows it."""
@@ -26,6 +30,54 @@ def default_texts() -> dict[str, list[str]]:
     # By length, for long runs of prose rather than one family of names that sorts together.
     found = sorted((text for text in topics.values() if len(text) > 1500), key=len)
     return {"python-docs": found[:: max(1, len(found) // 64)]}
+
+
+def token_rows(
+    model: EncoderDecoder, texts: Mapping[str, Sequence[str]], tokens: int, length: int
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Running text in rows, to fit on and to measure on: the domains' documents in turn.
+
+    Args:
+        tokens: in all, at most; a document gives only its share, up to four times the average.
+        length: tokens of a row, at most.
+
+    Returns:
+        Token ids, int64 [at most `length`] each: of nine tenths of the documents, and of the others.
+
+    Raises:
+        ValueError: no tokenizer, or too little text for both parts.
+    """
+    if model.tokenizer is None:
+        raise ValueError(
+            "the model has no tokenizer, so it cannot be fitted on text; give it tokenizer files"
+        )
+    in_turn = itertools.zip_longest(*texts.values())
+    documents = [text for texts_of_turn in in_turn for text in texts_of_turn if text]
+    if len(documents) < 2:
+        raise ValueError(
+            f"a fit takes some documents to fit on and others to measure on; got {len(documents)}, give at least 2 "
+            "(100 are better)"
+        )
+    most = max(length, 4 * tokens // len(documents))
+    rows: dict[bool, list[Tensor]] = {True: [], False: []}
+    left = tokens
+    for i, text in enumerate(documents):
+        # Characters enough for the tokens wanted; a tokenizer would take a novel whole.
+        ids = encode(model.tokenizer, text[: 20 * most])[:most]
+        for start in range(0, len(ids), length):
+            row = torch.tensor(ids[start : start + length][:left])
+            rows[i % min(HELD_OUT_SHARE, len(documents)) == 0].append(row)
+            left -= len(row)
+            if left <= 0:
+                break
+        if left <= 0:
+            break
+    if not rows[True] or not rows[False]:
+        raise ValueError(
+            f"{tokens} tokens of these {len(documents)} documents leave nothing to fit on or nothing to measure on; "
+            "give more tokens or more documents"
+        )
+    return rows[False], rows[True]
 
 
 class Sample:

@@ -14,7 +14,6 @@ Letters: B batch, L tokens of a row, N tokens, E encoder width, D decoder width,
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -22,8 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from twofold.adapt.sample import default_texts
-from twofold.data.tokenize import encode
+from twofold.adapt.sample import default_texts, token_rows
 from twofold.models import EncoderDecoder
 from twofold.models.attention import Attention
 from twofold.models.stack import DecoderBlock
@@ -32,9 +30,6 @@ DEFAULT_TOKENS = 200_000
 
 RIDGES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 """Strengths that are tried, in units of the mean variance of what the encoder layer reads."""
-
-HELD_OUT_SHARE = 10
-"""Every tenth document is held out: it chooses the ridge, and says how much is explained."""
 
 ROWS_AT_ONCE = 4
 
@@ -94,12 +89,11 @@ def stitch(
         model: with a tokenizer and projections of its own for the source. Its encoder reads under the masks it has,
             its decoder reads the text alone, which makes it the decoder's donor. Left as it was.
         texts: domains by name, each a list of documents. Default: `default_texts`.
-        tokens: read in all, at most; a document gives only its share, up to four times the average.
-        length: tokens that are read at a time.
+        tokens, length: see `token_rows`.
         watch: wraps the batches, each the number of its tokens, with the number of all; for a progress bar.
 
     Raises:
-        ValueError: a pair without such projections or without a tokenizer, or fewer than two documents.
+        ValueError: a pair without such projections, and as `token_rows`.
     """
     config = model.config
     if config.source_projections != "own":
@@ -107,11 +101,11 @@ def stitch(
             "stitching fits projections that a merged decoder has for the source alone (start='stitched'), got "
             f"layout={config.layout!r}, source_projections={config.source_projections!r}"
         )
-    if model.tokenizer is None:
-        raise ValueError(
-            "the model has no tokenizer, so it cannot be fitted on text; give it tokenizer files"
-        )
-    fitted, held_out = _rows(model, texts or default_texts(), tokens, length)
+    bos = [config.bos_token_id] if config.source_bos else []
+    fitted, held_out = (
+        [torch.tensor([*bos, *row]) for row in rows]
+        for rows in token_rows(model, texts or default_texts(), tokens, length - len(bos))
+    )
     sums = {True: _zero_moments(model), False: _zero_moments(model)}
     was_training = model.training
     model.eval()
@@ -233,37 +227,3 @@ def _add(model: EncoderDecoder, rows: Sequence[Tensor], sums: Sequence[Moments])
     for i, (block, moments) in enumerate(zip(_blocks(model), sums, strict=True)):
         read_BLD = block.pre_self_attn_layernorm(hidden[i])
         moments.add(memory[i if len(memory) > 1 else 0][mask_BL], read_BLD[mask_BL])
-
-
-def _rows(
-    model: EncoderDecoder, texts: Mapping[str, Sequence[str]], tokens: int, length: int
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Token ids, int64 [at most `length`] each, to fit on and to hold out: the domains' documents in turn."""
-    in_turn = itertools.zip_longest(*texts.values())
-    documents = [text for texts_of_turn in in_turn for text in texts_of_turn if text]
-    if len(documents) < 2:
-        raise ValueError(
-            f"stitching fits on some documents and measures on others; got {len(documents)}, give at least 2 (100 "
-            "are better)"
-        )
-    bos = [model.config.bos_token_id] if model.config.source_bos else []
-    most = max(length, 4 * tokens // len(documents))
-    rows: dict[bool, list[Tensor]] = {True: [], False: []}
-    left = tokens
-    for i, text in enumerate(documents):
-        # Characters enough for the tokens wanted; a tokenizer would take a novel whole.
-        ids = encode(model.tokenizer, text[: 20 * most])[:most]
-        for start in range(0, len(ids), length - len(bos)):
-            row = torch.tensor([*bos, *ids[start : start + length - len(bos)]][:left])
-            rows[i % min(HELD_OUT_SHARE, len(documents)) == 0].append(row)
-            left -= len(row)
-            if left <= 0:
-                break
-        if left <= 0:
-            break
-    if not rows[True] or not rows[False]:
-        raise ValueError(
-            f"{tokens} tokens of these {len(documents)} documents leave nothing to fit on or nothing to measure on; "
-            "give more tokens or more documents"
-        )
-    return rows[False], rows[True]

@@ -14,9 +14,10 @@ from rich.progress import track
 from twofold.adapt import Choices, Plan, adapt_to_folder
 from twofold.adapt.adaptation import Initialised
 from twofold.adapt.profile import DEFAULT_BUDGET
-from twofold.adapt.stitch import DEFAULT_TOKENS
+from twofold.adapt.refit import DEFAULT_TOKENS as REFIT_TOKENS
+from twofold.adapt.stitch import DEFAULT_TOKENS as STITCH_TOKENS
 from twofold.cli.console import err, note, print_json
-from twofold.cli.profile import depth_chooser, profile_donor, profiler, read_domains, show, stitcher
+from twofold.cli.profile import depth_chooser, profile_donor, profiler, read_domains, refitter, show, stitcher
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -90,7 +91,14 @@ def adapt_command(
     ] = DEFAULT_BUDGET,
     stitch_tokens: Annotated[
         int, typer.Option(help="Tokens of these texts that the stitched start fits and measures on, at most.")
-    ] = DEFAULT_TOKENS,
+    ] = STITCH_TOKENS,
+    refit_tokens: Annotated[
+        int,
+        typer.Option(
+            help="Tokens of these texts on which the layers that --decoder-depth keeps are fitted to make up for the "
+            "others, at most; 0: not at all."
+        ),
+    ] = REFIT_TOKENS,
     overwrite: Annotated[bool, typer.Option(help="Replace OUT if it is there.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = False,
 ) -> None:
@@ -140,6 +148,7 @@ def adapt_command(
         watch=_with_progress,
         profile=measure,
         choose=depth_chooser(domains),
+        refit=refitter(domains, refit_tokens),
         stitcher=stitcher(domains, stitch_tokens),
     )
     seconds = time.perf_counter() - started

@@ -12,9 +12,10 @@ from rich.progress import Progress, track
 from rich.table import Table
 
 from twofold.adapt import adapt
-from twofold.adapt.adaptation import DepthChooser, Profiler, Stitcher
+from twofold.adapt.adaptation import DepthChooser, Profiler, Refitter, Stitcher
 from twofold.adapt.depth import Round, choose_decoder_layers
 from twofold.adapt.profile import Opened, Profile, profile_encoder
+from twofold.adapt.refit import Fitted, refit_decoder
 from twofold.adapt.stitch import stitch
 from twofold.cli.console import err, note, out
 from twofold.config.data import SourceConfig
@@ -66,6 +67,15 @@ def depth_chooser(domains: Domains | None) -> DepthChooser:
         yield from track(rounds, description="taking layers out", total=total, console=err, transient=True)
 
     return partial(choose_decoder_layers, texts=domains, watch=watch)
+
+
+def refitter(domains: Domains | None, tokens: int) -> Refitter | None:
+    """What mends a short decoder over the given domains, with a progress bar; None for no tokens."""
+
+    def watch(layers: Iterator[Fitted], total: int) -> Iterator[Fitted]:
+        yield from track(layers, description="fitting layers", total=total, console=err, transient=True)
+
+    return partial(refit_decoder, texts=domains, tokens=tokens, watch=watch) if tokens else None
 
 
 def stitcher(domains: Domains | None, tokens: int) -> Stitcher:

@@ -71,13 +71,18 @@ class GatedMLP(nn.Module):
         self.activation = config.hidden_activation
         self.dropout = nn.Dropout(config.dropout_rate)
 
-    def forward(self, x_BLD: Tensor) -> Tensor:
+    def inner(self, x_BLD: Tensor) -> Tensor:
+        """What the last projection reads, [B, L, F]."""
         gate_BLF = self.gate_proj(x_BLD)
         if self.activation == "silu":
             gate_BLF = F.silu(gate_BLF)
         else:
             gate_BLF = F.gelu(gate_BLF, approximate="tanh" if self.activation != "gelu" else "none")
-        down: Tensor = self.down_proj(self.dropout(gate_BLF * self.up_proj(x_BLD)))
+        inner_BLF: Tensor = gate_BLF * self.up_proj(x_BLD)
+        return inner_BLF
+
+    def forward(self, x_BLD: Tensor) -> Tensor:
+        down: Tensor = self.down_proj(self.dropout(self.inner(x_BLD)))
         return down
 
 

@@ -114,6 +114,13 @@ class DecoderBlock(Block):
     ) -> tuple[Tensor, LayerCache]:
         """Returns the block's output [B, T, D], and all keys and values it saw. The source's are computed from
         `memory_BSE` unless `past` has them."""
+        x_BTD, seen = self.attend(x_BTD, memory_BSE, view, past)
+        return self.feed_forward(x_BTD), seen
+
+    def attend(
+        self, x_BTD: Tensor, memory_BSE: Tensor, view: DecoderView, past: LayerCache | None
+    ) -> tuple[Tensor, LayerCache]:
+        """`forward` up to the MLP."""
         read = self.pre_self_attn_layernorm(x_BTD)
         q = self.self_attn.queries(read, view.rope)
         own = self.self_attn.keys_values(read, view.rope)
@@ -130,7 +137,7 @@ class DecoderBlock(Block):
             )
             attended = self.cross_attn(q, source, view.cross_mask)
             x_BTD = x_BTD + self.dropout(self.post_cross_attn_layernorm(attended))
-        return self.feed_forward(x_BTD), LayerCache(own, source)
+        return x_BTD, LayerCache(own, source)
 
 
 class Stack(nn.Module):
