@@ -75,7 +75,7 @@ TASKS = {
     "arc_easy": Task("arc_easy-test.jsonl.gz", _arc),
     "piqa": Task("piqa-validation.jsonl.gz", _piqa),
     "hellaswag": Task("hellaswag-validation.jsonl.gz", _hellaswag, is_per_character=True),
-    "boolq": Task("boolq-validation.jsonl.gz", _boolq),
+    "boolq": Task("boolq-validation.jsonl.gz", _boolq, is_per_character=True),
 }
 
 
