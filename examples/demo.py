@@ -166,7 +166,7 @@ class Demo:
         )
         opened = report["profile"]["chosen"]
         layers = f"{len(opened['layers'])} of {len(report['profile']['encoder_mask'])}"
-        opened = f"{layers} encoder layers open, later tokens at weight {opened['future_weight']:g}"
+        opened = f"{layers} encoder layers open, later tokens with a share of {opened['future_share']:g}"
         console.print(
             f"{report['num_parameters'] / 1e6:.1f}M parameters, all from the donor, {opened}: {self.pair_folder}"
         )
@@ -215,7 +215,7 @@ class Demo:
             optimizer=OptimizerConfig(learning_rate=LEARNING_RATE),
             schedule=ScheduleConfig(warmup_steps=min(5, plan["steps"] // 4)),
             precision=plan["precision"],
-            opening=OpeningConfig(kind="future_weight", steps=max(1, plan["steps"] // 2)),
+            opening=OpeningConfig(kind="future_share", steps=max(1, plan["steps"] // 2)),
             evaluate_every=max(1, plan["steps"] // 2),
             save_every=10,
             keep_checkpoints=1,
@@ -307,12 +307,12 @@ def precisions_worth_trying() -> list[Precision]:
 @contextmanager
 def as_donor(model: twofold.EncoderDecoder) -> Iterator[None]:
     """Close the encoder: with causal masks an untrained lossless pair is its donor."""
-    masks, weight = model.config.encoder_mask, model.config.encoder_future_weight
+    masks, share = model.config.encoder_mask, model.config.encoder_future_share
     model.set_encoder_mask("causal")
     try:
         yield
     finally:
-        model.set_encoder_mask(masks, future_weight=weight)
+        model.set_encoder_mask(masks, future_share=share)
 
 
 def ask(model: twofold.EncoderDecoder) -> list[str]:

@@ -63,7 +63,7 @@ def arms(n_layers: int, kept_layers: Mapping[int, tuple[int, ...]]) -> dict[str,
         kept_layers: decoder layers that were found to be missed most, by their number (`depth`).
     """
     sink = {**LOSSLESS, "encoder_mask": "sink"}
-    faint = {**sink, "future_weight": 0.1}
+    faint = {**sink, "future_share": 0.1}
     like_lossless = {"reads": "aligned", "cross_rope": True, "decoder_positions": "continue"}
     aligned = {**like_lossless, "decoder_start": "last_source_token", "encoder_mask": "causal"}
     found = {
@@ -75,19 +75,19 @@ def arms(n_layers: int, kept_layers: Mapping[int, tuple[int, ...]]) -> dict[str,
             "lossless, opened as far as the profile's budget goes", {**LOSSLESS, "encoder_mask": "auto"}
         ),
         "sink tied": Arm("lossless, sink mask, one stack of weights", {**sink, "tie_stacks": True}),
-        "weight 0.1": Arm("lossless, sink mask, later keys count a tenth", faint),
-        "weight 0.01": Arm(
-            "lossless, sink mask, later keys count a hundredth", {**sink, "future_weight": 0.01}
-        ),
+        "share 0.1": Arm("lossless, sink mask, at most a tenth of the attention for later keys", faint),
+        "share 0.3": Arm("lossless, sink mask, three tenths of it", {**sink, "future_share": 0.3}),
         "growing": Arm(
-            "from a tenth of the weight to the whole", faint, opening={"kind": "future_weight", "steps": 0.5}
+            "from a tenth of the attention to all of it",
+            faint,
+            opening={"kind": "future_share", "steps": 0.5},
         ),
         "kd": Arm("lossless, sink mask, the donor teaches", sink, distillation=KD),
         "layers": Arm(
             "opened layer by layer from the top", LOSSLESS, opening={"kind": "layers", "steps": 0.5}
         ),
-        "future_weight": Arm(
-            "opened by a growing weight", LOSSLESS, opening={"kind": "future_weight", "steps": 0.5}
+        "future_share": Arm(
+            "opened by a growing share", LOSSLESS, opening={"kind": "future_share", "steps": 0.5}
         ),
         "batches": Arm(
             "opened in a growing share of batches", LOSSLESS, opening={"kind": "batches", "steps": 0.5}

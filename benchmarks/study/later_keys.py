@@ -1,11 +1,11 @@
-"""Ways to let an encoder see later keys that the library does not have, measured before any training.
+"""Ways to let an encoder see later keys, measured before any training; the library has the share alone.
 
     python -m benchmarks.study.later_keys DONOR --out benchmarks/results/study/gemma3-270m/later_keys.json
 
 Written out in full attention scores, to find what is worth building. Beside the weight of later keys there is their
 share: a factor that differs between queries and heads, so that all later keys together get at most so much of a query's
-attention. And they can be mirrored: scored as if they stood as far before the query as they stand after it, where the
-donor knows what a distance means. The first row is closed, as under the `sink` mask.
+attention (`encoder_future_share`). And they can be mirrored: scored as if they stood as far before the query as they
+stand after it, where the donor knows what a distance means. The first row is closed, as under the `sink` mask.
 """
 
 from __future__ import annotations

@@ -30,10 +30,10 @@ def pair(text_model):
     return text_model(encoder_mask=("causal",) * 3)
 
 
-def naive_loss(model, text, masks, weight=1.0):
+def naive_loss(model, text, masks, share=1.0):
     """One text, by hand: 10 tokens read (the last of them by the decoder), 8 written."""
     ids = torch.tensor([model.tokenizer(text, add_special_tokens=False)["input_ids"][:18]])
-    model.set_encoder_mask(masks, future_weight=weight)
+    model.set_encoder_mask(masks, future_share=share)
     logits = model(ids[:, :9], None, ids[:, 9:17]).logits[0]
     return F.cross_entropy(logits, ids[0, 10:]).item()
 
@@ -59,36 +59,36 @@ def test_costs_are_those_of_a_naive_loop(pair):
 
 
 @torch.no_grad()
-def test_all_layers_are_measured_with_the_whole_weight_and_a_tenth(pair):
-    pair.set_encoder_mask("sink", future_weight=0.5)
+def test_all_layers_are_measured_without_a_limit_and_with_a_tenth(pair):
+    pair.set_encoder_mask("sink", future_share=0.5)
     found = profiled(pair, budget=9.0)
-    assert (pair.config.encoder_mask, pair.config.encoder_future_weight) == (("sink",) * 3, 0.5)  # as it was
+    assert (pair.config.encoder_mask, pair.config.encoder_future_share) == (("sink",) * 3, 0.5)  # as it was
     assert found.alone == found.order == ()
-    for opened, weight in ((found.whole, 1.0), (found.faint, 0.1)):
-        assert (opened.layers, opened.future_weight) == ((0, 1, 2), weight)
+    for opened, share in ((found.whole, 1.0), (found.faint, 0.1)):
+        assert (opened.layers, opened.future_share) == ((0, 1, 2), share)
         for name, texts in TEXTS.items():
-            above = [naive_loss(pair, t, "sink", weight) - naive_loss(pair, t, "causal") for t in texts[:2]]
+            above = [naive_loss(pair, t, "sink", share) - naive_loss(pair, t, "causal") for t in texts[:2]]
             assert opened.cost[name] == pytest.approx(sum(above) / 2, abs=2e-5)
     assert found.whole.cost != found.faint.cost
 
 
 class Costs:
-    """Stands in for the measurement: what each layer costs, and the share of it at a tenth of the weight."""
+    """Stands in for the measurement: what each layer costs, and the factor on it where later keys are limited."""
 
     def __init__(self, by_layer, faint):
         self.by_layer, self.faint, self.closed = by_layer, faint, {"x": torch.ones(2)}
         self.asked = []
 
-    def opened(self, layers, future_weight=1.0):
-        self.asked.append((tuple(layers), future_weight))
-        cost = sum(self.by_layer[i] for i in layers) * (self.faint if future_weight < 1 else 1.0)
-        return Opened(tuple(layers), future_weight, {"x": cost}, {"x": 0.0})
+    def opened(self, layers, future_share=1.0):
+        self.asked.append((tuple(layers), future_share))
+        cost = sum(self.by_layer[i] for i in layers) * (self.faint if future_share < 1 else 1.0)
+        return Opened(tuple(layers), future_share, {"x": cost}, {"x": 0.0})
 
 
 @pytest.mark.parametrize(
-    ("by_layer", "faint", "layers", "weight"),
+    ("by_layer", "faint", "layers", "share"),
     [
-        ([0.01, 0.01, 0.01], 2.0, (0, 1, 2), 1.0),  # whatever it costs with less weight
+        ([0.01, 0.01, 0.01], 2.0, (0, 1, 2), 1.0),  # whatever it costs with a limit
         ([0.01, 0.02, 0.01], 0.5, (0, 1, 2), 0.1),
         ([0.02, 0.09, 0.01], 0.5, (0, 2), 1.0),
         ([0.09, 0.02, 0.09], 0.5, (1,), 1.0),
@@ -96,11 +96,11 @@ class Costs:
     ],
 )
 @pytest.mark.parametrize("each_layer", [False, True])
-def test_as_open_as_the_budget_allows(pair, monkeypatch, by_layer, faint, layers, weight, each_layer):
+def test_as_open_as_the_budget_allows(pair, monkeypatch, by_layer, faint, layers, share, each_layer):
     costs = Costs(by_layer, faint)
     monkeypatch.setattr(profile_module, "_Meter", lambda *_: costs)
     found = profiled(pair, budget=0.03, each_layer=each_layer)
-    assert (set(found.chosen.layers), found.chosen.future_weight) == (set(layers), weight)
+    assert (set(found.chosen.layers), found.chosen.future_share) == (set(layers), share)
     assert found.encoder_mask == tuple("sink" if i in layers else "causal" for i in range(3))
     assert len(costs.asked) == 2 or each_layer or len(layers) < 3
     if found.alone:
@@ -131,8 +131,8 @@ def stub(model, opened=(1, 2)):
     everything = tuple(range(model.config.encoder.num_hidden_layers))
     assert set(model.config.encoder_mask) == {"causal"}
 
-    def cost(layers, weight=1.0):
-        return Opened(layers, weight, {"x": 0.0}, {"x": 0.0})
+    def cost(layers, share=1.0):
+        return Opened(layers, share, {"x": 0.0}, {"x": 0.0})
 
     chosen, faint = cost(opened, 0.5), cost(everything, 0.1)
     return Profile("sink", 0.1, {"x": 1.0}, {"x": 2}, 8, 8, chosen, cost(everything), faint, (), (), ())
@@ -149,7 +149,7 @@ def folder(tmp_path, byte_tokenizer):
 def test_auto_opens_what_the_profile_says_in_memory_and_on_disk(folder, tmp_path):
     model = twofold.adapt(folder, start="lossless", encoder_mask="auto", profile=stub)
     assert model.config.encoder_mask == ("causal", "sink", "sink", "causal")
-    assert model.config.encoder_future_weight == 0.5
+    assert model.config.encoder_future_share == 0.5
     assert model.adaptation["profile"]["chosen"]["layers"] == (1, 2)
     report = adapt_to_folder(
         folder, None, tmp_path / "out", Choices(start="lossless", encoder_mask="auto"), profile=stub
@@ -172,7 +172,7 @@ def test_a_lossless_pair_is_measured_unless_a_mask_is_chosen(folder, tmp_path):
     adapt_to_folder(folder, None, tmp_path / "out", Choices(decoder_layers=(0, 2)), profile=measure)
     adapt_to_folder(folder, None, tmp_path / "whole", Choices(), profile=measure)
     assert asked == [False, False, True]  # on the way to a folder one copy of the donor is enough
-    assert twofold.load(tmp_path / "out").config.encoder_future_weight == 0.5
+    assert twofold.load(tmp_path / "out").config.encoder_future_share == 0.5
     for chosen in ({"encoder_mask": "sink"}, {"start": "published"}, {"layout": "separate"}):
         assert "profile" not in twofold.adapt(folder, **chosen, profile=measure).adaptation
     assert len(asked) == 3
@@ -187,7 +187,7 @@ def test_depth_is_measured_after_the_encoder_is_open(folder, tmp_path):
     seen = []
 
     def choose(model, keep):
-        seen.append((model.config.encoder_mask, model.config.encoder_future_weight))
+        seen.append((model.config.encoder_mask, model.config.encoder_future_share))
         return DepthChoice((0, 3)[:keep], {"x": 1.0}, ())
 
     asked = {"start": "lossless", "encoder_mask": "auto", "decoder_depth": 2}
@@ -214,11 +214,11 @@ def test_auto_profiles_for_real(folder):
     }
 
 
-def test_a_weight_may_be_given_but_not_beside_auto(folder):
-    model = twofold.adapt(folder, start="lossless", encoder_mask="sink", future_weight=0.25)
-    assert model.config.encoder_future_weight == 0.25
-    with pytest.raises(ValueError, match=r"finds the weight .* itself, got future_weight=0\.25"):
-        Choices(start="lossless", encoder_mask="auto", future_weight=0.25)
+def test_a_share_may_be_given_but_not_beside_auto(folder):
+    model = twofold.adapt(folder, start="lossless", encoder_mask="sink", future_share=0.25)
+    assert model.config.encoder_future_share == 0.25
+    with pytest.raises(ValueError, match=r"finds the share .* itself, got future_share=0\.25"):
+        Choices(start="lossless", encoder_mask="auto", future_share=0.25)
 
 
 def test_auto_is_for_pairs_that_start_as_their_donor():

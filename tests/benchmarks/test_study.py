@@ -66,11 +66,11 @@ def test_looks_agree_with_the_library_where_it_has_them():
         return model(ids, None, decoder_ids).logits
 
     causal = logits()
-    model.set_encoder_mask("sink", future_weight=0.1)
+    model.set_encoder_mask("sink", future_share=0.1)
     faint = logits()
     model.set_encoder_mask("causal")
     assert differ(causal, faint)
-    for look, expected in [(Look(weight=0.1), faint), (Look(share=1e-9), causal)]:
+    for look, expected in [(Look(share=0.1), faint), (Look(share=1e-9), causal)]:
         set_looks(model, lambda i, n, look=look: look)
         assert_same(logits(), expected)
     set_looks(model, lambda i, n: None)

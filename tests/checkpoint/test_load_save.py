@@ -80,12 +80,12 @@ def test_tied_stacks_are_stored_once(tmp_path):
 
 def test_an_encoder_that_is_being_opened_is_saved_as_it_is(tmp_path):
     model = build(pair_config(stack()))
-    model.set_encoder_mask(["causal", "sink", "sink"], future_weight=0.25)
+    model.set_encoder_mask(["causal", "sink", "sink"], future_share=0.25)
     twofold.save(model, tmp_path / "m")
     loaded = twofold.load(tmp_path / "m")
     ids = random_ids(2, 7)
     assert torch.equal(loaded(ids, None, ids).logits, model(ids, None, ids).logits)
-    with pytest.raises(ValueError, match=r"encoder_future_weight is 0\.25"):
+    with pytest.raises(ValueError, match=r"encoder_future_share is 0\.25"):
         twofold.save(model, tmp_path / "t5", format="t5gemma")
 
 

@@ -147,7 +147,7 @@ def test_layers_that_are_not_there(layers: tuple[int, ...], reason: str) -> None
         ),
         (
             {"layout": "merged", "encoder": WIDE},
-            "encoder width 64 and decoder width 32 must be equal; use layout='separate'",
+            "encoder width 64 and decoder width 32 must be equal; use source_projections='own' or layout='separate'",
         ),
         (
             {"tie_word_embeddings": "all", "encoder": WIDE},

@@ -1,3 +1,4 @@
+import dataclasses
 import math
 from typing import Any
 
@@ -30,9 +31,10 @@ def naive(
     visible: Tensor,
     scale: float,
     softcap: float | None,
-    factors: Tensor | None = None,
+    is_later: Tensor | None = None,
+    share: float = 1.0,
 ) -> Tensor:
-    """One score at a time, in float64. `factors` [B, T, S]: on the weights before they are divided by their sum."""
+    """One score at a time, in float64. `is_later` [B, T, S]: keys that together get at most `share` of a query."""
     n_batch, n_heads, n_queries, head_dim = q.shape
     n_groups = n_heads // k.shape[1]
     out = torch.zeros_like(q)
@@ -47,8 +49,14 @@ def naive(
                     )
                     if softcap is not None:
                         score = softcap * math.tanh(score / softcap)
-                    factor = 1.0 if factors is None else factors[b, t, s].item()
-                    weights.append(factor * math.exp(score) if visible[b, t, s] else 0.0)
+                    weights.append(math.exp(score) if visible[b, t, s] else 0.0)
+                if is_later is not None:
+                    after = is_later[b, t].tolist()
+                    later = sum(w for w, a in zip(weights, after, strict=True) if a)
+                    earlier = sum(weights) - later
+                    if later > share * (later + earlier):  # the odds of a share are share : 1 - share
+                        down = share / (1 - share) * earlier / later
+                        weights = [w * down if a else w for w, a in zip(weights, after, strict=True)]
                 total = sum(weights)
                 row = torch.zeros(head_dim, dtype=torch.float64)
                 for weight, value in zip(weights, values, strict=True):
@@ -88,21 +96,34 @@ def test_eager_against_a_naive_loop(softcap: float | None, n_kv_heads: int) -> N
     [("eager", None), ("eager", 2.0), ("sdpa", None), ("flex", None), ("flex", 2.0), ("segments", None),
      ("segments", 2.0)],
 )  # fmt: skip
-def test_later_keys_count_for_less(backend: Backend, softcap: float | None) -> None:
+@pytest.mark.parametrize("share", [0.6, 0.05])
+def test_later_keys_get_no_more_than_a_share(backend: Backend, softcap: float | None, share: float) -> None:
     """Against the naive loop; two segments and padding in the first row, other places in the second."""
     ids = torch.tensor([[1, 1, 1, 2, 2, 0], [0, 1, 1, 1, 1, 1]])
     tokens = Tokens.from_segments(ids)
-    mask = AttentionMask(tokens, (tokens, Rule(sink=True, future_weight=0.25)))
+    mask = AttentionMask(tokens, (tokens, Rule(sink=True, future_share=share)))
     index = torch.arange(6)
-    factors = torch.where(index[None, :] > index[:, None], 0.25, 1.0).expand(2, 6, 6)
+    is_later = (index[None, :] > index[:, None]).expand(2, 6, 6)
     visible = (ids[:, :, None] == ids[:, None, :]) & (ids[:, :, None] > 0)
     for row, first in ((0, 0), (0, 3), (1, 1)):
         visible[row, first, first + 1 :] = False
     q, k, v = qkv(6, 6)
     with torch.no_grad():
         out = attend(q, k, v, mask, scale=0.4, softcap=softcap, backend=backend)
-    assert_same(out, naive(q, k, v, visible, 0.4, softcap, factors), 2e-6)
+    assert_same(out, naive(q, k, v, visible, 0.4, softcap, is_later, share), 2e-6)
     assert differ(out, naive(q, k, v, visible, 0.4, softcap))
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("backend", ["eager", "sdpa", "flex", "segments"])
+def test_queries_that_see_later_keys_only_are_not_limited(backend: Backend) -> None:
+    queries = Tokens.from_segments(torch.ones(2, 3, dtype=torch.int64))
+    keys = queries.continued_after(queries)
+    q, k, v = qkv(3, 3)
+    limited, free = (AttentionMask(queries, (keys, Rule(future_share=share))) for share in (0.3, 1.0))
+    with torch.no_grad():
+        wanted = attend(q, k, v, free, scale=0.4, backend="eager")
+        assert_same(attend(q, k, v, limited, scale=0.4, backend=backend), wanted, 1e-6)
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
@@ -137,7 +158,6 @@ RULES = st.builds(
     past=st.none() | st.integers(0, 3),
     future=st.none() | st.integers(0, 3),
     sink=st.booleans(),
-    future_weight=st.sampled_from([1.0, 0.5, 0.01]),
 )
 
 
@@ -153,7 +173,9 @@ def test_backends_agree_on_random_masks(data: st.DataObject) -> None:
         return Tokens.from_segments(torch.where(ids.cummax(1).values == ids, ids, 0))
 
     own, source = tokens(), tokens()
-    mask = AttentionMask(own, (source, data.draw(RULES)), (own, data.draw(RULES)))
+    share = data.draw(st.sampled_from([1.0, 0.5, 0.01]))
+    rules = [dataclasses.replace(data.draw(RULES), future_share=share) for _ in range(2)]
+    mask = AttentionMask(own, (source, rules[0]), (own, rules[1]))
     q, k, v = qkv(6, 12, seed=data.draw(st.integers(0, 99)))
     with torch.no_grad():
         eager = attend(q, k, v, mask, scale=0.4, backend="eager")

@@ -109,15 +109,15 @@ def grads(model: EncoderDecoder) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("encoder_mask", "weight"), [("bidirectional", 1.0), ("sink", 1.0), ("causal", 1.0), ("sink", 0.2)]
+    ("encoder_mask", "share"), [("bidirectional", 1.0), ("sink", 1.0), ("causal", 1.0), ("sink", 0.2)]
 )
 @pytest.mark.parametrize("meeting", MEETINGS, ids=meeting_id)
 def test_packed_rows_equal_the_same_pairs_alone(
-    meeting: dict[str, Any], encoder_mask: str, weight: float
+    meeting: dict[str, Any], encoder_mask: str, share: float
 ) -> None:
     """Logits, and gradients of the summed losses; windows of 3, the first pair longer than two of them."""
     config = pair_config(
-        gemma_stack(), encoder_mask=(encoder_mask,) * 3, encoder_future_weight=weight, **meeting
+        gemma_stack(), encoder_mask=(encoder_mask,) * 3, encoder_future_share=share, **meeting
     )
     model = build(config, qk_factor=2.0)
     sources = [random_ids(1, n, seed=n)[0] for n in (8, 3, 5)]
@@ -175,15 +175,15 @@ def test_segments_do_not_see_each_other() -> None:
 
 @pytest.mark.parametrize("softcap", [None, 3.0])
 @torch.no_grad()
-def test_a_future_weight_goes_from_causal_to_open(softcap: float | None) -> None:
+def test_a_future_share_goes_from_causal_to_open(softcap: float | None) -> None:
     """Near 0 the causal encoder, at 1 the open one, in between neither; padding on the right of one row."""
     model = build(pair_config(gemma_stack(attn_logit_softcapping=softcap)), qk_factor=2.0)
     ids = random_ids(2, 9)
     mask = torch.ones_like(ids)
     mask[1, 6:] = 0
 
-    def read(masks: Any, weight: float = 1.0) -> Tensor:
-        model.set_encoder_mask(masks, future_weight=weight)
+    def read(masks: Any, share: float = 1.0) -> Tensor:
+        model.set_encoder_mask(masks, future_share=share)
         return model.encode(ids, mask).last_hidden_state[mask == 1]
 
     causal, sink = read("causal"), read("sink")
@@ -196,13 +196,13 @@ def test_a_future_weight_goes_from_causal_to_open(softcap: float | None) -> None
 
 def test_the_config_follows_the_mask_and_refuses_nonsense() -> None:
     model = build(pair_config(stack()))
-    model.set_encoder_mask(["sink", "causal", "sink"], future_weight=0.5)
+    model.set_encoder_mask(["sink", "causal", "sink"], future_share=0.5)
     assert model.config.encoder_mask == ("sink", "causal", "sink")
-    assert model.config.encoder_future_weight == 0.5
+    assert model.config.encoder_future_share == 0.5
     with pytest.raises(ValueError, match="2 entries for 3 encoder layers"):
         model.set_encoder_mask(["sink", "causal"])
-    with pytest.raises(ValueError, match="encoder_future_weight"):
-        model.set_encoder_mask("sink", future_weight=0.0)
+    with pytest.raises(ValueError, match="encoder_future_share"):
+        model.set_encoder_mask("sink", future_share=0.0)
     assert model.config.encoder_mask == ("sink", "causal", "sink")
 
 

@@ -1,4 +1,5 @@
 import contextlib
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -82,11 +83,11 @@ MASKS = {
     "rows alike": AttentionMask(ALIKE, (ALIKE, Rule())),
     "rows alike, causal": AttentionMask(ALIKE, (ALIKE, Rule(future=0))),
     "rows alike, last queries": AttentionMask(ALIKE.last(4), (ALIKE, Rule(past=5, future=0))),
-    "weighted": AttentionMask(PACKED, (PACKED, Rule(future_weight=0.1))),
-    "weighted window with a sink": AttentionMask(
-        PACKED, (PACKED, Rule(past=1, future=2, sink=True, future_weight=0.3))
+    "limited": AttentionMask(PACKED, (PACKED, Rule(future_share=0.1))),
+    "limited window with a sink": AttentionMask(
+        PACKED, (PACKED, Rule(past=1, future=2, sink=True, future_share=0.3))
     ),
-    "rows alike, weighted": AttentionMask(ALIKE, (ALIKE, Rule(sink=True, future_weight=0.01))),
+    "rows alike, limited": AttentionMask(ALIKE, (ALIKE, Rule(sink=True, future_share=0.01))),
     "nothing": AttentionMask(ALIKE, (tokens([2] * 9, [0] * 9), Rule())),
 }
 
@@ -120,7 +121,6 @@ RULES = st.builds(
     past=st.none() | st.integers(0, 4),
     future=st.none() | st.integers(0, 4),
     sink=st.booleans(),
-    future_weight=st.sampled_from([1.0, 0.5, 0.01]),
 )
 
 
@@ -132,14 +132,16 @@ def test_equals_eager_on_random_masks(data: st.DataObject) -> None:
     own = tokens(data.draw(ids), data.draw(ids))
     source = tokens(data.draw(ids), data.draw(ids))
     own = own.continued_after(source) if data.draw(st.booleans()) else own
-    mask = AttentionMask(own, (source, data.draw(RULES)), (own, data.draw(RULES)))
+    share = data.draw(st.sampled_from([1.0, 0.5, 0.01]))
+    rules = [dataclasses.replace(data.draw(RULES), future_share=share) for _ in range(2)]
+    mask = AttentionMask(own, (source, rules[0]), (own, rules[1]))
     with small_blocks():
         both(mask, data.draw(st.sampled_from([None, 2.0])))
 
 
 def test_soft_capped_gradient_is_the_derivative() -> None:
     """In float64 against finite differences; scores reach far beyond the cap."""
-    rules = Rule(past=2, future=0), Rule(future=1, future_weight=0.2)
+    rules = Rule(past=2, future=0), Rule(future=1)
     queries, keys = tokens([1, 1, 1, 2, 2, 0]), tokens([1, 1, 0, 1, 2, 2])
     mask = AttentionMask(queries, (keys, rules[0]), (queries, rules[1]))
     leaves = [leaf.detach().double().requires_grad_() for leaf in qkv(mask, head_dim=3)]
@@ -149,6 +151,20 @@ def test_soft_capped_gradient_is_the_derivative() -> None:
 
     with small_blocks():
         assert torch.autograd.gradcheck(capped, leaves)
+
+
+@pytest.mark.parametrize("softcap", [None, 1.5])
+def test_gradient_of_a_limited_share_is_the_derivative(softcap: float | None) -> None:
+    """In float64 against finite differences; some queries reach the limit, some do not, one has no later key."""
+    keys = tokens([1, 1, 1, 2, 2, 0])
+    mask = AttentionMask(keys, (keys, Rule(future_share=0.4)))
+    leaves = [leaf.detach().double().requires_grad_() for leaf in qkv(mask, head_dim=3)]
+
+    def limited(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attend(q, k, v, mask, scale=0.5, softcap=softcap, backend="segments")
+
+    with small_blocks():
+        assert torch.autograd.gradcheck(limited, leaves)
 
 
 def test_tanh_is_exact_everywhere() -> None:

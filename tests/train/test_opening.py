@@ -8,24 +8,24 @@ from tests.train.test_parallel import close, run
 from tests.train.tiny_run import loader, settings, tiny_model
 from twofold.config.opening import OpeningConfig
 from twofold.train import Callback, fit
-from twofold.train.opening import Masks, Opening, future_weight, num_open, open_share
+from twofold.train.opening import Masks, Opening, future_share, num_open, open_share
 
 CLOSED = ("causal", "causal", "causal")
 
 
-def opening(kind, steps=10, seed=0, masks=CLOSED, weight=1.0, **settings):
-    return Opening(OpeningConfig(kind=kind, steps=steps, **settings), Masks(masks, weight), seed)
+def opening(kind, steps=10, seed=0, masks=CLOSED, share=1.0, **settings):
+    return Opening(OpeningConfig(kind=kind, steps=steps, **settings), Masks(masks, share), seed)
 
 
 def test_functions_are_exact_at_both_ends():
     assert [num_open(step, 10, 3) for step in (0, 1, 3, 4, 6, 7, 10, 99)] == [0, 1, 1, 2, 2, 3, 3, 3]
     assert [num_open(step, 3, 30) for step in range(4)] == [0, 10, 20, 30]
     assert [open_share(step, 4) for step in (-1, 0, 1, 4, 9)] == [0, 0, 0.25, 1, 1]
-    assert [future_weight(step, 3, 1e-3) for step in (0, 3, 4)] == [0, 1, 1]
-    assert [future_weight(step, 3, 1e-3) for step in (1, 2)] == pytest.approx([0.01, 0.1])
+    assert [future_share(step, 4, 0.0) for step in (-1, 0, 1, 2, 4, 9)] == [0, 0, 0.25, 0.5, 1, 1]
+    assert [future_share(step, 3, 0.1) for step in (0, 1, 3)] == pytest.approx([0.1, 0.4, 1])
 
 
-@pytest.mark.parametrize("kind", ["layers", "future_weight", "batches"])
+@pytest.mark.parametrize("kind", ["layers", "future_share", "batches"])
 @pytest.mark.parametrize("mask", ["sink", "bidirectional"])
 def test_a_run_begins_with_the_models_masks_and_ends_open(kind, mask):
     schedule = opening(kind, mask=mask, masks=("sink", "causal", "causal"))
@@ -44,12 +44,10 @@ def test_layers_open_in_their_order_and_from_the_top_by_default():
     assert given.of_batch(2, 7).masks == ("causal", "sink", "sink")
 
 
-def test_a_growing_weight_is_over_all_layers():
-    assert opening("future_weight", steps=2, lowest_weight=0.01).after(1) == Masks(("sink",) * 3, 0.1)
-    # Without a lowest weight: from the model's own, so that the first step is no jump.
-    schedule = opening("future_weight", steps=2, masks=("sink",) * 3, weight=0.25)
-    assert [schedule.after(step).future_weight for step in range(3)] == [0.25, 0.5, 1.0]
-    assert opening("future_weight", steps=3).after(2).future_weight == pytest.approx(0.1)
+def test_a_growing_share_is_over_all_layers_and_begins_with_the_models_own():
+    assert opening("future_share", steps=4).after(1) == Masks(("sink",) * 3, 0.25)
+    schedule = opening("future_share", steps=4, masks=("sink",) * 3, share=0.2)
+    assert [schedule.after(step).future_share for step in (0, 1, 2, 4)] == pytest.approx([0.2, 0.4, 0.6, 1])
 
 
 def test_batches_open_in_a_growing_share_that_follows_the_seed():
@@ -74,7 +72,6 @@ def test_batches_open_in_a_growing_share_that_follows_the_seed():
         ({"order": (0, 1, 3)}, r"unknown: \[3\], missing: \[2\]"),
         ({"order": (0, 0, 1, 2)}, "twice"),
         ({"kind": "batches", "order": (0, 1, 2)}, "order is for kind 'layers'"),
-        ({"lowest_weight": 0.1}, "lowest_weight is for kind 'future_weight'"),
         ({"steps": 0}, "steps"),
     ],
 )
@@ -94,11 +91,11 @@ class Seen(Callback):
     def __init__(self, model):
         self.masks = []
         model.encoder.register_forward_pre_hook(
-            lambda module, _: self.masks.append((module.layer_masks, module.future_weight))
+            lambda module, _: self.masks.append((module.layer_masks, module.future_share))
         )
 
 
-@pytest.mark.parametrize("kind", ["layers", "future_weight", "batches"])
+@pytest.mark.parametrize("kind", ["layers", "future_share", "batches"])
 def test_a_run_opens_its_encoder(tmp_path, kind):
     model = tiny_model(encoder_mask=("causal", "causal"))
     seen = Seen(model)
@@ -116,7 +113,7 @@ def test_a_run_opens_its_encoder(tmp_path, kind):
 CLOSED_MODEL = {"encoder_mask": ("causal", "causal")}
 
 
-@pytest.mark.parametrize("kind", ["layers", "future_weight", "batches"])
+@pytest.mark.parametrize("kind", ["layers", "future_share", "batches"])
 def test_ranks_open_alike(tmp_path, kind):
     changes = {"opening": {"kind": kind, "steps": 3}}
     one = run(tmp_path / "one", changes, CLOSED_MODEL)
@@ -131,7 +128,7 @@ class StopAfterTwo(Callback):
             signal.raise_signal(signal.SIGTERM)
 
 
-@pytest.mark.parametrize("kind", ["layers", "future_weight", "batches"])
+@pytest.mark.parametrize("kind", ["layers", "future_share", "batches"])
 def test_a_resumed_run_opens_as_the_one_that_never_stopped(tmp_path, kind):
     """Resumed as `twofold train` does it: from a checkpoint, whose masks are those of its step."""
     changes = {"opening": {"kind": kind, "steps": 4}}

@@ -45,7 +45,7 @@ def adapt(
     *,
     start: Start | None = None,
     encoder_mask: MaskChoice | None = None,
-    future_weight: float = 1.0,
+    future_share: float = 1.0,
     encoder_layers: Sequence[int] | None = None,
     decoder_layers: Sequence[int] | None = None,
     decoder_depth: int | None = None,
@@ -74,7 +74,7 @@ def adapt(
         encoder_mask: one for all layers or one per layer. `auto`, for the lossless start: as open as `profile` finds to
             cost next to nothing. Default: `auto` for the lossless start, `causal` for the stitched one, which fits to
             the masks there are, else `bidirectional`. With `causal` a lossless pair equals its donor.
-        future_weight: factor on the attention weight of keys after the query, see `EncoderDecoderConfig`.
+        future_share: of a query's attention, what later keys get at most; see `EncoderDecoderConfig`.
         encoder_layers: donor layers that the encoder keeps; default all.
         decoder_layers: donor layers that the decoder keeps; default all.
         decoder_depth: how many of them stay, where measurement is to say which; see `choose_decoder_layers`. They are
@@ -107,7 +107,7 @@ def adapt(
     choices = Choices(
         start=start,
         encoder_mask=encoder_mask,
-        future_weight=future_weight,
+        future_share=future_share,
         encoder_layers=encoder_layers,
         decoder_layers=decoder_layers,
         decoder_depth=decoder_depth,
@@ -224,9 +224,9 @@ def settle(
     if is_auto:
         found = profile(model)
         findings["profile"] = found.as_json()
-        weight = found.chosen.future_weight
-        choices = replace(choices, encoder_mask=found.encoder_mask, future_weight=weight)
-        model.set_encoder_mask(found.encoder_mask, future_weight=weight)
+        share = found.chosen.future_share
+        choices = replace(choices, encoder_mask=found.encoder_mask, future_share=share)
+        model.set_encoder_mask(found.encoder_mask, future_share=share)
     if depth is None:
         return Settled(choices, findings, None, model if keeps_pair else None)
     chosen = choose(model, depth)

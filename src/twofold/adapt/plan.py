@@ -41,8 +41,8 @@ class Choices:
     """None: see `with_start`."""
     encoder_mask: MaskChoice | None = None
     """None: `bidirectional`; in pairs that start as their donor `auto`."""
-    future_weight: float = 1.0
-    """See `EncoderDecoderConfig.encoder_future_weight`; what `encoder_mask="auto"` finds comes in its place."""
+    future_share: float = 1.0
+    """See `EncoderDecoderConfig.encoder_future_share`; what `encoder_mask="auto"` finds comes in its place."""
     encoder_layers: Sequence[int] | None = None
     decoder_layers: Sequence[int] | None = None
     layout: Literal["separate", "merged"] | None = None
@@ -78,10 +78,10 @@ class Choices:
                 f"reads={self.reads!r}"
             )
         if self.encoder_mask == "auto":
-            if self.future_weight != 1.0:
+            if self.future_share != 1.0:
                 raise ValueError(
-                    f"encoder_mask='auto' finds the weight of later keys itself, got future_weight="
-                    f"{self.future_weight}; leave it out"
+                    f"encoder_mask='auto' finds the share of later keys itself, got future_share="
+                    f"{self.future_share}; leave it out"
                 )
             return
         masks = [self.encoder_mask] if isinstance(self.encoder_mask, str) else list(self.encoder_mask or ())
@@ -236,7 +236,7 @@ def plan_config(
         decoder_positions=restarts,
         aligned_layers=None if aligned is None else tuple(aligned),
         encoder_mask=_masks_per_layer(choices, len(encoder_layers)),
-        encoder_future_weight=choices.future_weight,
+        encoder_future_share=choices.future_share,
         tie_word_embeddings=tie,
         decoder_start=choices.decoder_start or ("last_source_token" if is_lossless else "bos"),
         source_bos=adds_bos and (is_lossless or is_t5gemma2),

@@ -6,7 +6,7 @@ text keeps seeing itself alone (`sink`), Gemma 3 the upper half. The profile tak
 than a budget:
 
 1. all layers open;
-2. all layers open, with later keys at a tenth of their weight, which training can let grow to the whole;
+2. all layers open, with at most a tenth of a query's attention for later keys, which training can let grow;
 3. as many layers as can be open together, those first that cost least by themselves.
 
 All losses are of PrefixLM: a text is cut in two halves, one read, one written, and the second is scored.
@@ -31,8 +31,8 @@ DEFAULT_BUDGET = 0.03
 """Nats per target token, on each domain, that `encoder_mask="auto"` may cost before any training."""
 
 
-FAINT_WEIGHT = 0.1
-"""Of keys after the query, where the whole weight costs too much."""
+FAINT_SHARE = 0.1
+"""Of a query's attention for keys after it, where no limit costs too much."""
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,8 @@ class Opened:
     """Some layers open, and what that did."""
 
     layers: tuple[int, ...]
-    future_weight: float
-    """See `EncoderDecoderConfig.encoder_future_weight`."""
+    future_share: float
+    """See `EncoderDecoderConfig.encoder_future_share`."""
     cost: dict[str, float]
     """By domain: nats per target token above the causal encoder's loss."""
     noise: dict[str, float]
@@ -71,7 +71,7 @@ class Profile:
     whole: Opened
     """All layers."""
     faint: Opened
-    """All layers, later keys at `FAINT_WEIGHT`."""
+    """All layers, with at most `FAINT_SHARE` for later keys."""
     alone: tuple[Opened, ...]
     """Each layer by itself, by its number; empty where layers were not measured one by one."""
     order: tuple[int, ...]
@@ -134,7 +134,7 @@ def profile_encoder(
     with _left_as_it_was(model):
         meter = _Meter(model, sample, mask)
         everything = tuple(range(n_layers))
-        whole, faint = meter.opened(everything), meter.opened(everything, FAINT_WEIGHT)
+        whole, faint = meter.opened(everything), meter.opened(everything, FAINT_SHARE)
         fitting = [one for one in (whole, faint) if one.worst <= budget]
         alone: tuple[Opened, ...] = ()
         together: tuple[Opened, ...] = (whole,)
@@ -181,29 +181,29 @@ class _Meter:
         self._model, self._sample, self._mask = model, sample, mask
         self.closed = self._losses(())
 
-    def opened(self, layers: Sequence[int], future_weight: float = 1.0) -> Opened:
-        losses = self._losses(layers, future_weight)
+    def opened(self, layers: Sequence[int], future_share: float = 1.0) -> Opened:
+        losses = self._losses(layers, future_share)
         above = {name: losses[name] - self.closed[name] for name in losses}
         return Opened(
             tuple(layers),
-            future_weight,
+            future_share,
             {name: x.mean().item() for name, x in above.items()},
             {name: (x.std() / len(x) ** 0.5).item() for name, x in above.items()},
         )
 
-    def _losses(self, layers: Sequence[int], future_weight: float = 1.0) -> dict[str, Tensor]:
+    def _losses(self, layers: Sequence[int], future_share: float = 1.0) -> dict[str, Tensor]:
         n_layers = self._model.config.encoder.num_hidden_layers
         masks = [self._mask if i in layers else "causal" for i in range(n_layers)]
-        self._model.set_encoder_mask(masks, future_weight=future_weight)
+        self._model.set_encoder_mask(masks, future_share=future_share)
         return self._sample.losses(self._model)
 
 
 @contextmanager
 def _left_as_it_was(model: EncoderDecoder) -> Iterator[None]:
-    masks, weight, is_training = model.config.encoder_mask, model.config.encoder_future_weight, model.training
+    masks, share, is_training = model.config.encoder_mask, model.config.encoder_future_share, model.training
     model.eval()
     try:
         yield
     finally:
-        model.set_encoder_mask(masks, future_weight=weight)
+        model.set_encoder_mask(masks, future_share=share)
         model.train(is_training)

@@ -42,8 +42,8 @@ def adapt_command(
             "lossless start): as open as a profile finds to cost next to nothing."
         ),
     ] = None,
-    future_weight: Annotated[
-        float, typer.Option(help="Factor on the attention weight of later tokens in an open encoder.")
+    future_share: Annotated[
+        float, typer.Option(help="Of a token's attention, what later tokens get at most in an open encoder.")
     ] = 1.0,
     encoder_layers: Annotated[
         str | None, typer.Option(help="Donor layers the encoder keeps, such as 0,2,4 or 0-14.")
@@ -121,7 +121,7 @@ def adapt_command(
     choices = Choices(
         start=cast(Any, start),
         encoder_mask=cast(Any, _mask(encoder_mask)),
-        future_weight=future_weight,
+        future_share=future_share,
         encoder_layers=_layers(encoder_layers, "--encoder-layers"),
         decoder_layers=_layers(decoder_layers, "--decoder-layers"),
         decoder_depth=decoder_depth,
@@ -166,7 +166,7 @@ def adapt_command(
         opened = report["profile"]["chosen"]
         note(
             f"encoder: {len(opened['layers'])} of {len(report['profile']['encoder_mask'])} layers open, later tokens "
-            f"at weight {opened['future_weight']:g}"
+            f"with a share of {opened['future_share']:g}"
         )
     if "depth" in report:
         note(

@@ -97,7 +97,7 @@ def _meeting(config: EncoderDecoderConfig) -> dict[str, Any]:
         "decoder_positions": config.decoder_positions,
         "decoder_start": config.decoder_start,
         "encoder_mask": ", ".join(masks),
-        "encoder_future_weight": config.encoder_future_weight,
+        "encoder_future_share": config.encoder_future_share,
         "tie_word_embeddings": config.tie_word_embeddings,
         "tie_stacks": config.tie_stacks,
         "source_projections": config.source_projections,

@@ -129,7 +129,7 @@ def show(profile: Profile) -> None:
     for opened in profile.together:
         add(f"{len(opened.layers)} cheapest", opened, "chosen" if opened == chosen else "")
     add(
-        f"all, later tokens at {profile.faint.future_weight:g}",
+        f"all, share {profile.faint.future_share:g}",
         profile.faint,
         "chosen" if profile.faint == chosen else "",
     )
@@ -137,7 +137,7 @@ def show(profile: Profile) -> None:
     losses = ", ".join(f"{name} {loss:.3f}" for name, loss in profile.loss.items())
     note(
         f"the donor's loss: {losses} nats per token. {len(chosen.layers)} of {len(profile.whole.layers)} layers can be "
-        f"open, later tokens at weight {chosen.future_weight:g}, within {profile.budget} nats on every domain"
+        f"open, later tokens with a share of {chosen.future_share:g}, within {profile.budget} nats on every domain"
     )
 
 
@@ -170,14 +170,14 @@ def plot(profile: Profile, path: Path, title: str) -> None:
         )
         faint = profile.faint.cost[name], profile.faint.noise[name]
         joint.errorbar(
-            [len(profile.faint.layers)], *faint, fmt="s", mfc="none", label=f"{name}, later tokens at a tenth"
+            [len(profile.faint.layers)], *faint, fmt="s", mfc="none", label=f"{name}, share of a tenth"
         )
     single.set(xlabel="layer opened alone", ylabel="nats per token above the donor", title=title)
     joint.axhline(profile.budget, color="gray", linestyle="--", label="budget")
     joint.axvline(len(profile.chosen.layers), color="gray", linestyle=":")
     joint.set(
         xlabel="layers open together, cheapest first",
-        title=f"chosen: {len(profile.chosen.layers)} layers, later tokens at {profile.chosen.future_weight:g}",
+        title=f"chosen: {len(profile.chosen.layers)} layers, share {profile.chosen.future_share:g}",
     )
     for axes in (single, joint):
         axes.axhline(0, color="black", linewidth=0.5)

@@ -158,9 +158,9 @@ class EncoderDecoderConfig(Config):
     encoder_mask: tuple[EncoderMask, ...]
     """One entry per encoder layer. `sink` is bidirectional except for the first token of each segment, which
     sees only itself as it did in the causal donor."""
-    encoder_future_weight: float = Field(default=1.0, gt=0, le=1)
-    """In `bidirectional` and `sink` layers, the factor on the attention weight of keys after the query, before the
-    softmax divides; below 1 for an encoder that is being opened by degrees."""
+    encoder_future_share: float = Field(default=1.0, gt=0, le=1)
+    """In `bidirectional` and `sink` layers, what all keys after a query get at most of its attention, together, in each
+    head; below 1 for an encoder that is being opened by degrees (`models.masks.limit_share`)."""
     tie_word_embeddings: Literal["all", "decoder", "none"]
     """`all`: encoder table, decoder table and LM head are one tensor. `decoder`: decoder table and head."""
     tie_stacks: bool = False

@@ -26,7 +26,7 @@ class AdaptConfig(Config):
     decoder: str | None = None
     start: Literal["published", "scaled_copy", "random", "lossless", "stitched"] | None = None
     encoder_mask: EncoderMask | Literal["auto"] | tuple[EncoderMask, ...] | None = None
-    future_weight: float = 1.0
+    future_share: float = 1.0
     encoder_layers: tuple[int, ...] | None = None
     decoder_layers: tuple[int, ...] | None = None
     decoder_depth: int | None = None

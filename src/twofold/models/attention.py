@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from twofold.config import StackConfig
 from twofold.models.cache import KeyValues
 from twofold.models.layers import RMSNorm, rotate
-from twofold.models.masks import AttentionMask
+from twofold.models.masks import AttentionMask, limit_share
 from twofold.models.segments import attend_by_runs
 
 Backend = Literal["auto", "eager", "sdpa", "flex", "segments"]
@@ -38,15 +38,16 @@ def attend(
     dropout_p: float = 0.0,
     backend: Backend = "auto",
 ) -> Tensor:
-    """softmax(softcap(scale * q k^T) + mask.bias where visible) v, for grouped heads.
+    """softmax(softcap(scale * q k^T) where visible) v, for grouped heads; keys after the query limited to
+    `mask.future_share` of the softmax, see `limit_share`.
 
     Args:
         softcap: scores become `softcap * tanh(scores / softcap)` before the mask; None for no cap.
         dropout_p: share of attention weights dropped; pass 0 outside training.
         backend: `eager` is the reference, with a float32 softmax. `sdpa` is PyTorch's fused kernel; it has no
-            soft-cap. `flex` is FlexAttention, made for CUDA: soft-caps, windows and packed rows without a T x S
-            tensor; no dropout, and on CPU no gradient. `segments` does the same for the CPU, see
-            `models.segments`; no dropout. `auto`: `sdpa` where it needs no mask or there are few queries, else
+            soft-cap, and leaves a limited share to `eager`. `flex` is FlexAttention, made for CUDA: soft-caps, windows
+            and packed rows without a T x S tensor; no dropout, and on CPU no gradient. `segments` does the same for the
+            CPU, see `models.segments`; no dropout. `auto`: `sdpa` where it needs no mask or there are few queries, else
             `flex` on CUDA and `segments` on CPU, and `eager` or `sdpa` where those cannot be used.
 
     Returns:
@@ -69,6 +70,8 @@ def attend(
                 f"attention backend 'sdpa' has no soft-cap, and this model caps scores at {softcap}; "
                 "use 'eager', 'flex' or 'segments'"
             )
+        if mask.future_share < 1.0:
+            return _eager(q_BNTH, k_BKSH, v_BKSH, mask, scale, softcap, dropout_p)
         return _sdpa(q_BNTH, k_BKSH, v_BKSH, mask, scale, dropout_p)
     if backend == "flex":
         needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (q_BNTH, k_BKSH, v_BKSH))
@@ -96,7 +99,8 @@ def _choose_backend(
     is_large = device in _MANY_QUERIES and q_BNTH.shape[2] >= _MANY_QUERIES[device]
     if dropout_p > 0.0:
         return "sdpa" if softcap is None else "eager"
-    if softcap is None and (not is_large or mask.hides_nothing or mask.is_plain_causal):
+    is_limited = mask.future_share < 1.0
+    if softcap is None and not is_limited and (not is_large or mask.hides_nothing or mask.is_plain_causal):
         return "sdpa"
     if device == "cuda":
         return "flex"
@@ -117,12 +121,12 @@ def _eager(
     scores_BNTS = (q_BNTH @ k_BNSH.transpose(-1, -2)).float() * scale
     if softcap is not None:
         scores_BNTS = softcap * torch.tanh(scores_BNTS / softcap)
-    if mask.bias is not None:
-        scores_BNTS = scores_BNTS + mask.bias[:, None]
     visible = mask.dense[:, None]
     # The lowest number instead of -inf: a row that sees nothing becomes uniform, not NaN, and is zeroed below.
     scores_BNTS = scores_BNTS.masked_fill(~visible, torch.finfo(torch.float32).min)
     weights_BNTS = scores_BNTS.softmax(dim=-1).masked_fill(~visible, 0.0)
+    if mask.future_share < 1.0:
+        weights_BNTS = limit_share(weights_BNTS, mask.later.dense[:, None], mask.future_share)
     weights_BNTS = F.dropout(weights_BNTS, dropout_p)
     return weights_BNTS.to(q_BNTH.dtype) @ v_BNSH
 
@@ -143,8 +147,6 @@ def _sdpa(
     sees_a_key = visible.any(dim=-1, keepdim=True)
     # What kernels return for a row without keys differs (zeros, NaN): let it see all, then zero it.
     kernel_mask = visible | ~sees_a_key
-    if mask.bias is not None:
-        kernel_mask = mask.bias[:, None].masked_fill(~kernel_mask, -torch.inf).to(q_BNTH.dtype)
     attended = F.scaled_dot_product_attention(q_BNTH, k_BKSH, v_BKSH, attn_mask=kernel_mask, **options)
     return attended * sees_a_key
 
@@ -160,31 +162,51 @@ def _compiled_flex() -> Callable[..., Tensor]:
 def _flex(
     q_BNTH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, mask: AttentionMask, scale: float, softcap: float | None
 ) -> Tensor:
-    from torch.nn.attention.flex_attention import flex_attention
+    if mask.future_share == 1.0:
+        out: Tensor = _run_flex(q_BNTH, k_BKSH, v_BKSH, mask, scale, softcap)
+        return out
+    parts = (mask.earlier, mask.later)
+    (before, log_before), (after, log_after) = (
+        _run_flex(q_BNTH, k_BKSH, v_BKSH, part, scale, softcap, with_divisor=True) for part in parts
+    )
+    w_BNT = (log_after - torch.logaddexp(log_before, log_after)).exp().clamp(max=mask.future_share)
+    sees_nothing = log_after == -torch.inf, log_before == -torch.inf
+    w_BNT = torch.where(sees_nothing[0], 0.0, torch.where(sees_nothing[1], 1.0, w_BNT))
+    w_BNT1 = w_BNT[..., None].to(before.dtype)
+    mixed: Tensor = (1.0 - w_BNT1) * before + w_BNT1 * after
+    return mixed
 
-    at = place = log_weight = None
-    if mask.is_weighted:
-        at, (place, log_weight) = mask.intervals[0], mask.key_weights
+
+def _run_flex(
+    q_BNTH: Tensor,
+    k_BKSH: Tensor,
+    v_BKSH: Tensor,
+    mask: AttentionMask,
+    scale: float,
+    softcap: float | None,
+    *,
+    with_divisor: bool = False,
+) -> Any:
+    """[B, N, T, H]; on request also the logarithm of the softmax's divisor, [B, N, T]."""
+    from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 
     def score_mod(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        if softcap is not None:
-            score = softcap * torch.tanh(score / softcap)
-        if at is None or place is None or log_weight is None:
-            return score
-        return torch.where(place[b, k] > at[b, q], score + log_weight[b, k], score)
+        assert softcap is not None
+        return softcap * torch.tanh(score / softcap)
 
     # On CPU the uncompiled form: it is there to check the masks, not to be fast.
     run: Any = _compiled_flex() if q_BNTH.is_cuda else flex_attention
-    out: Tensor = run(
+    out = run(
         q_BNTH,
         k_BKSH,
         v_BKSH,
-        score_mod=None if softcap is None and not mask.is_weighted else score_mod,
+        score_mod=None if softcap is None else score_mod,
         block_mask=mask.block_mask,
         scale=scale,
         enable_gqa=q_BNTH.shape[1] != k_BKSH.shape[1],
+        return_aux=AuxRequest(lse=True) if with_divisor else None,
     )
-    return out
+    return (out[0], out[1].lse) if with_divisor else out
 
 
 class Attention(nn.Module):

@@ -96,21 +96,21 @@ class EncoderDecoder(nn.Module):
             self.lm_head.out_proj.weight = self.decoder.embed_tokens.weight
 
     def set_encoder_mask(
-        self, mask: EncoderMask | Sequence[EncoderMask], *, future_weight: float = 1.0
+        self, mask: EncoderMask | Sequence[EncoderMask], *, future_share: float = 1.0
     ) -> None:
         """Change what encoder layers see, in the model and in its config.
 
         Args:
             mask: one for all layers, or one per layer.
-            future_weight: see `EncoderDecoderConfig.encoder_future_weight`.
+            future_share: see `EncoderDecoderConfig.encoder_future_share`.
 
         Raises:
-            ValueError: not one per layer, or a weight outside (0, 1].
+            ValueError: not one per layer, or a share outside (0, 1].
         """
         masks = (mask,) * self.config.encoder.num_hidden_layers if isinstance(mask, str) else tuple(mask)
-        fields = self.config.model_dump() | {"encoder_mask": masks, "encoder_future_weight": future_weight}
+        fields = self.config.model_dump() | {"encoder_mask": masks, "encoder_future_share": future_share}
         self.config = EncoderDecoderConfig.model_validate(fields)
-        self.encoder.layer_masks, self.encoder.future_weight = masks, future_weight
+        self.encoder.layer_masks, self.encoder.future_share = masks, future_share
 
     def set_attention_backend(self, backend: Backend) -> None:
         """Use one backend (see `models.attention.attend`) in every attention module."""

@@ -8,8 +8,8 @@ the part of the sequence it belongs to (the decoder's own past, or the source). 
                     and  position(k) - position(q) <= future(k)      # how far ahead
                     and  (position(q) > 0 or position(k) <= position(q) or not sink(k))
 
-A key after the query may also count for less: its weight before the softmax's division is multiplied by
-`future_weight(k)`, so that an encoder can be opened by degrees (`AttentionMask.bias`).
+Keys after the query may also be limited: all together they get at most `future_share` of the query's attention, so
+that an encoder can be opened by degrees (`AttentionMask.future_share`).
 
 With a token's segment and position written as one number, its *coordinate*, each key is seen from one interval
 of coordinates (`AttentionMask.intervals`). Attention backends turn that into what they want: a dense bool tensor,
@@ -21,9 +21,8 @@ Letters: B batch, T queries, S keys.
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from math import log
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -106,8 +105,8 @@ class Rule:
     future: int | None = None
     sink: bool = False
     """The query at position 0 of its segment sees no later key."""
-    future_weight: float = 1.0
-    """Above 0, at most 1: factor on exp(score) of keys after the query. 1 leaves the softmax as it is."""
+    future_share: float = 1.0
+    """Above 0, at most 1: of a query's attention, what all keys after it get at most, together."""
 
 
 def decoder_rule(config: StackConfig, layer_type: LayerType) -> Rule:
@@ -119,7 +118,7 @@ def decoder_rule(config: StackConfig, layer_type: LayerType) -> Rule:
 
 
 def encoder_rule(
-    config: StackConfig, layer_type: LayerType, mask: EncoderMask, future_weight: float = 1.0
+    config: StackConfig, layer_type: LayerType, mask: EncoderMask, future_share: float = 1.0
 ) -> Rule:
     """What an encoder layer sees: see `StackConfig.bidirectional_window` for the two meanings of a window."""
     if mask == "causal":
@@ -132,7 +131,7 @@ def encoder_rule(
             past = future = window - 1
         else:
             past, future = (window + 1) // 2 - 1, window // 2
-    return Rule(past=past, future=future, sink=mask == "sink", future_weight=future_weight)
+    return Rule(past=past, future=future, sink=mask == "sink", future_share=future_share)
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,7 +176,7 @@ class AttentionMask:
 
     @property
     def hides_nothing(self) -> bool:
-        """Known from Python data alone: every query sees every key, with its whole weight."""
+        """Known from Python data alone: every query sees every key, without limit."""
         return self.queries.is_plain and all(keys.is_plain and rule == Rule() for keys, rule in self.parts)
 
     @property
@@ -223,29 +222,23 @@ class AttentionMask:
         return at, torch.cat(firsts, dim=1), torch.cat(lasts, dim=1)
 
     @property
-    def is_weighted(self) -> bool:
-        """Known from Python data alone: keys after the query count for less."""
-        return any(rule.future_weight != 1.0 for _, rule in self.parts)
+    def future_share(self) -> float:
+        """Known from Python data alone: what keys after a query get at most of its attention, all together. Where
+        keys before it are hidden from a query, nothing is limited."""
+        (share,) = {rule.future_share for _, rule in self.parts}
+        return share
 
     @cached_property
-    def key_weights(self) -> tuple[Tensor, Tensor]:
-        """The coordinate of each key, int64 [B, S], and the logarithm of its `future_weight`, float32 [B, S]: what
-        is added to the score of a query whose coordinate is lower."""
-        places, logs = [], []
-        for keys, rule in self.parts:
-            places.append((keys.segments << _SEGMENT_BITS) + keys.positions)
-            logs.append(torch.full_like(keys.positions, log(rule.future_weight), dtype=torch.float32))
-        return torch.cat(places, dim=1), torch.cat(logs, dim=1)
+    def earlier(self) -> AttentionMask:
+        """The same without the keys after each query."""
+        parts = ((keys, replace(rule, future=0, future_share=1.0)) for keys, rule in self.parts)
+        return AttentionMask(self.queries, *parts)
 
     @cached_property
-    def bias(self) -> Tensor | None:
-        """float32 [B, T, S] to add to the scores, after a soft-cap; None where all weights are 1. What it says of
-        hidden keys means nothing. Computed once for all layers that share the mask."""
-        if not self.is_weighted:
-            return None
-        place, log_weight = self.key_weights
-        is_later = place[:, None, :] > self.intervals[0][:, :, None]
-        return torch.where(is_later, log_weight[:, None, :], 0.0)
+    def later(self) -> AttentionMask:
+        """The same without the query itself and the keys before it."""
+        parts = ((keys, replace(rule, past=-1, future_share=1.0)) for keys, rule in self.parts)
+        return AttentionMask(self.queries, *parts)
 
     @cached_property
     def dense(self) -> Tensor:
@@ -322,12 +315,10 @@ class AttentionMask:
         at, first, last = self._of_block(run, block, *self.intervals)
         return (first[block.hidden] > at) | (at > last[block.hidden])
 
-    def block_bias(self, run: Run, block: Block) -> Tensor | None:
-        """float32 [queries, keys] of a block, see `bias`; None where nothing in it is weighted."""
-        if block.is_causal or not self.is_weighted:
-            return None
-        at, place, log_weight = self._of_block(run, block, self.intervals[0], *self.key_weights)
-        return torch.where(place > at, log_weight, 0.0)
+    def visible(self, run: Run, block: Block) -> Tensor:
+        """bool [queries, keys] of a block: True = may attend."""
+        at, first, last = self._of_block(run, block, *self.intervals)
+        return (first <= at) & (at <= last)
 
     @staticmethod
     def _of_block(run: Run, block: Block, at: Tensor, *of_keys: Tensor) -> tuple[Tensor, ...]:
@@ -335,6 +326,26 @@ class AttentionMask:
         row = run.rows.start
         of_block = (torch.cat([x[row, keys] for keys in run.keys])[block.keys] for x in of_keys)
         return (at[row, run.queries][block.queries][:, None], *of_block)
+
+
+def limit_share(weights: Tensor, is_later: Tensor, share: float) -> Tensor:
+    """Attention weights in which the later keys of a query get no more than a share, and the earlier ones the rest.
+
+    Where later keys get more, all of them are scaled down by one factor to `share` in all, and all earlier keys up by
+    another to `1 - share`. So a query attends to (1 - w) of what it found before it and w of what it found after it,
+    w = min(share, what the softmax gives later keys). A query that sees no earlier key is left as it is.
+
+    Args:
+        weights: [..., T, S], after the softmax; hidden keys have 0.
+        is_later: bool, broadcast to that.
+    """
+    later = (weights * is_later).sum(dim=-1, keepdim=True)
+    earlier = (weights * ~is_later).sum(dim=-1, keepdim=True)
+    is_limited = (later > share) & (earlier > 0)
+    # Divisors that are not used must not be 0: their gradients would be NaN.
+    down = torch.where(is_limited, share / torch.where(is_limited, later, 1.0), 1.0)
+    up = torch.where(is_limited, (1.0 - share) / torch.where(is_limited, earlier, 1.0), 1.0)
+    return weights * torch.where(is_later, down, up)
 
 
 _Coordinates = npt.NDArray[np.int64]

@@ -3,7 +3,8 @@
 `AttentionMask.runs` lists, for each batch row, which neighbouring queries see which keys. Packed rows then cost
 the sum of each example's queries times its keys instead of T times S, and padding costs nothing. Without a
 soft-cap each run goes to PyTorch's fused kernel. With one, which that kernel does not have, scores are computed
-in blocks and computed again in the backward pass, so that memory does not grow with T x S either.
+in blocks and computed again in the backward pass, so that memory does not grow with T x S either; so too where later
+keys are limited to a share.
 
 All arithmetic is float32 (float64 for float64 inputs): on a CPU without bfloat16 instructions the fused kernel
 is four times slower in bfloat16, and matrix products ten times.
@@ -22,8 +23,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
-from twofold.models.masks import AttentionMask, Block, Run
+from twofold.models.masks import AttentionMask, Block, Run, limit_share
 
 _SCORES_AT_ONCE = 2**19
 """Scores computed together. 2 MiB in float32: the passes over them stay in a core's cache."""
@@ -36,8 +38,8 @@ def attend_by_runs(
     """See `models.attention.attend`. Returns [B, N, T, H] in the dtype of q."""
     # Autocast would turn the float32 products back into bfloat16 ones.
     with torch.autocast("cpu", enabled=False):
-        if softcap is None:
-            return _uncapped(q_BNTH, k_BKSH, v_BKSH, mask, scale)
+        if softcap is None or mask.future_share < 1.0:
+            return _by_blocks(q_BNTH, k_BKSH, v_BKSH, mask, scale, softcap)
         out: Tensor = _Capped.apply(  # type: ignore[no-untyped-call]
             q_BNTH, k_BKSH, v_BKSH, mask, scale, softcap
         )
@@ -48,10 +50,12 @@ def _work_dtype(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-# Without a soft-cap.
+# Without a soft-cap, or with later keys limited to a share.
 
 
-def _uncapped(q_BNTH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, mask: AttentionMask, scale: float) -> Tensor:
+def _by_blocks(
+    q_BNTH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, mask: AttentionMask, scale: float, softcap: float | None
+) -> Tensor:
     if not mask.runs:
         return q_BNTH * 0.0
     dtype = q_BNTH.dtype
@@ -61,13 +65,19 @@ def _uncapped(q_BNTH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, mask: AttentionMas
     # Split, not indexed: the gradient of each index would be a tensor of zeros as large as all of q, k or v.
     pieces = zip(*(torch.split(x, n_rows) for x in (q_BNTH, k_BKSH, v_BKSH)), strict=True)
     attended = [
-        _uncapped_row(q, k, v, mask, runs_of.get(i * n_rows, []), scale) for i, (q, k, v) in enumerate(pieces)
+        _row(q, k, v, mask, runs_of.get(i * n_rows, []), scale, softcap) for i, (q, k, v) in enumerate(pieces)
     ]
     return torch.cat(attended).transpose(1, 2).to(dtype)
 
 
-def _uncapped_row(
-    q_BNTH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, mask: AttentionMask, runs: list[Run], scale: float
+def _row(
+    q_BNTH: Tensor,
+    k_BKSH: Tensor,
+    v_BKSH: Tensor,
+    mask: AttentionMask,
+    runs: list[Run],
+    scale: float,
+    softcap: float | None,
 ) -> Tensor:
     """Of one row, or of all where they are alike. Returns [B, T, N, H]: so the kernel lays its result out."""
     queries = _split_at(q_BNTH, [run.queries for run in runs])
@@ -86,7 +96,11 @@ def _uncapped_row(
             start, stop = (run.queries.start + edge for edge in (block.queries.start, block.queries.stop))
             zeros_until(start)
             q = queries[run.queries.start][:, :, block.queries]
-            out.append(_fused(q, k[:, :, block.keys], v[:, :, block.keys], mask, run, block, scale))
+            k_block, v_block = k[:, :, block.keys], v[:, :, block.keys]
+            if mask.future_share == 1.0:
+                out.append(_fused(q, k_block, v_block, mask, run, block, scale))
+            else:
+                out.append(_limited(q, k_block, v_block, mask, run, block, scale, softcap))
             done = stop
     zeros_until(n_queries)
     return torch.cat(out, dim=1)
@@ -104,29 +118,54 @@ def _fused(
 ) -> Tensor:
     """[B, L, N, H] of one block."""
     options: dict[str, Any] = {"scale": scale, "enable_gqa": q.shape[1] != k.shape[1]}
-    bias = mask.block_bias(run, block)
     if block.is_causal or block.hidden is None:
-        bias = None if bias is None else bias.to(q.dtype)
-        out = F.scaled_dot_product_attention(q, k, v, bias, is_causal=block.is_causal, **options)
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=block.is_causal, **options)
         return out.transpose(1, 2)
     visible = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool)
     visible[:, block.hidden] = ~mask.hidden(run, block)
     sees_a_key = visible.any(dim=-1, keepdim=True)
     kernel_mask = visible | ~sees_a_key
-    if bias is not None:
-        kernel_mask = bias.to(q.dtype).masked_fill_(~kernel_mask, -torch.inf)
     out = F.scaled_dot_product_attention(q, k, v, kernel_mask, **options)
     # What kernels return for a row without keys differs (zeros, NaN): it saw all, and is zeroed.
     return (out * sees_a_key).transpose(1, 2)
+
+
+def _limited(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: AttentionMask,
+    run: Run,
+    block: Block,
+    scale: float,
+    softcap: float | None,
+) -> Tensor:
+    """[B, L, N, H] of one block, its scores written out, and again in the backward pass."""
+    visible, is_later = mask.visible(run, block), mask.later.visible(run, block)
+
+    def compute(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q_BKGLH = q.reshape(len(q), k.shape[1], -1, *q.shape[2:])
+        scores = q_BKGLH @ k[:, :, None].mT * scale
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        scores = scores.masked_fill(~visible, torch.finfo(scores.dtype).min)
+        weights = scores.softmax(dim=-1).masked_fill(~visible, 0.0)
+        weights = limit_share(weights, is_later, mask.future_share)
+        return (weights @ v[:, :, None]).flatten(1, 2).transpose(1, 2)
+
+    if not torch.is_grad_enabled():
+        return compute(q, k, v)
+    attended: Tensor = checkpoint(compute, q, k, v, use_reentrant=False)
+    return attended
 
 
 # With a soft-cap.
 
 
 class _Capped(torch.autograd.Function):
-    """softmax(cap tanh(scale q k^T / cap) + bias) v over the runs of a mask.
+    """softmax(cap tanh(scale q k^T / cap)) v over the runs of a mask.
 
-    With t = tanh(scale q k^T / cap), p = softmax(cap t + bias) and g the gradient of the result:
+    With t = tanh(scale q k^T / cap), p = softmax(cap t) and g the gradient of the result:
 
         dv = p^T g,    dp = g v^T,    d(cap t) = p (dp - sum_k p dp),    d(q k^T) = scale (1 - t^2) d(cap t)
 
@@ -208,19 +247,15 @@ def _capped_gradients(
 class _Change(NamedTuple):
     """What a block does to scores before the softmax."""
 
-    columns: slice | None
+    columns: slice
     """Where the keys that are hidden from some query are among the block's keys."""
-    hidden: Tensor | None
+    hidden: Tensor
     """bool [queries, columns], True = hidden."""
-    bias: Tensor | None
-    """float32 [queries, keys]."""
 
     @classmethod
     def of(cls, mask: AttentionMask, run: Run, block: Block) -> _Change | None:
         """None: nothing."""
-        hidden = None if block.hidden is None else mask.hidden(run, block)
-        bias = mask.block_bias(run, block)
-        return None if hidden is None and bias is None else cls(block.hidden, hidden, bias)
+        return None if block.hidden is None else cls(block.hidden, mask.hidden(run, block))
 
 
 def _weights(
@@ -231,16 +266,12 @@ def _weights(
     scores = t * cap
     if change is None:
         return t, scores.softmax(dim=-1)
-    columns, hidden, bias = change
+    columns, hidden = change
     n_rows, _, n_keys = scores.shape
-    n_queries = len(hidden if hidden is not None else bias)  # type: ignore[arg-type]
-    by_head = scores.view(n_rows, -1, n_queries, n_keys)
-    if bias is not None:
-        by_head.add_(bias)
-    if hidden is not None:
-        by_head[..., columns].masked_fill_(hidden, -torch.inf)
+    by_head = scores.view(n_rows, -1, len(hidden), n_keys)
+    by_head[..., columns].masked_fill_(hidden, -torch.inf)
     p = by_head.softmax(dim=-1)
-    if hidden is not None and hidden.shape[1] == n_keys:  # else there is a key that all see
+    if hidden.shape[1] == n_keys:  # else there is a key that all see
         p.masked_fill_(hidden, 0.0)  # NaN where a query sees no key
     return t, p.flatten(1, 2)
 

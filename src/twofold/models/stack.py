@@ -164,7 +164,7 @@ class Encoder(Stack):
     def __init__(self, config: EncoderDecoderConfig) -> None:
         blocks = (EncoderBlock(config.encoder) for _ in range(config.encoder.num_hidden_layers))
         super().__init__(config.encoder, blocks, config.eoi_token_id)
-        self.layer_masks, self.future_weight = config.encoder_mask, config.encoder_future_weight
+        self.layer_masks, self.future_share = config.encoder_mask, config.encoder_future_share
         self.aligned_layers = config.aligned_layers
 
     def forward(
@@ -177,7 +177,7 @@ class Encoder(Stack):
         config = self.stack_config
         rope = self.rope(tokens.positions)
         kinds = list(zip(config.layer_types, self.layer_masks, strict=True))
-        rules = {kind: encoder_rule(config, *kind, self.future_weight) for kind in set(kinds)}
+        rules = {kind: encoder_rule(config, *kind, self.future_share) for kind in set(kinds)}
         masks = {kind: AttentionMask(tokens, (tokens, rule)) for kind, rule in rules.items()}
 
         x_BSE = self.dropout(self.embed_tokens(input_ids))

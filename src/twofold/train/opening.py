@@ -21,12 +21,10 @@ def num_open(step: int, steps: int, num_layers: int) -> int:
     return min(-(-step * num_layers // steps), num_layers)
 
 
-def future_weight(step: int, steps: int, lowest: float) -> float:
-    """Weight of keys after the query: 0 in step 0, from step `steps` on 1, and in between it grows from near `lowest`
-    by equal factors."""
-    if step <= 0:
-        return 0.0
-    return float(lowest ** (1 - min(step / steps, 1.0)))
+def future_share(step: int, steps: int, first: float) -> float:
+    """Share of attention that keys after the query get at most: `first` in step 0, then in a line, from step `steps` on
+    1."""
+    return first + (1.0 - first) * min(max(step, 0) / steps, 1.0)
 
 
 def open_share(step: int, steps: int) -> float:
@@ -40,7 +38,7 @@ class Masks:
 
     masks: Sequence[EncoderMask]
     """One per layer."""
-    future_weight: float = 1.0
+    future_share: float = 1.0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "masks", tuple(self.masks))  # from JSON they come as a list
@@ -48,12 +46,12 @@ class Masks:
     @classmethod
     def of(cls, model: EncoderDecoder) -> Masks:
         """Those of a model now."""
-        return cls(model.config.encoder_mask, model.config.encoder_future_weight)
+        return cls(model.config.encoder_mask, model.config.encoder_future_share)
 
     def apply(self, model: EncoderDecoder) -> None:
         """Give the model these masks; its config follows, so that what is saved says what is computed."""
         if Masks.of(model) != self:
-            model.set_encoder_mask(self.masks, future_weight=self.future_weight)
+            model.set_encoder_mask(self.masks, future_share=self.future_share)
 
 
 class Opening:
@@ -72,8 +70,7 @@ class Opening:
         self._start = first
         n_layers = len(first.masks)
         self._order = tuple(reversed(range(n_layers))) if settings.order is None else settings.order
-        own = first.future_weight if first.future_weight < 1 else 1e-3
-        self._lowest_weight = settings.lowest_weight or own
+        self._first_share = first.future_share if first.future_share < 1 else 0.0
         self._end = Masks((settings.mask,) * n_layers)
         strangers = [i for i in self._order if not 0 <= i < n_layers]
         missing = [i for i in range(n_layers) if i not in self._order and first.masks[i] != settings.mask]
@@ -98,8 +95,8 @@ class Opening:
             return self._start
         if step >= settings.steps or settings.kind == "batches":
             return self._end
-        if settings.kind == "future_weight":
-            return Masks(self._end.masks, future_weight(step, settings.steps, self._lowest_weight))
+        if settings.kind == "future_share":
+            return Masks(self._end.masks, future_share(step, settings.steps, self._first_share))
         opened = set(self._order[: num_open(step, settings.steps, len(self._order))])
         masks = (settings.mask if i in opened else self._start.masks[i] for i in range(n_layers))
-        return Masks(tuple(masks), self._start.future_weight)
+        return Masks(tuple(masks), self._start.future_share)

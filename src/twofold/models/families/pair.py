@@ -97,8 +97,8 @@ def differences(
         found.append(f"encoder_mask has {sorted(set(config.encoder_mask))}, not only 'bidirectional'")
     if config.tie_stacks:
         found.append("tie_stacks: both sides share their weights")
-    if config.encoder_future_weight != 1.0:
-        found.append(f"encoder_future_weight is {config.encoder_future_weight}, not 1")
+    if config.encoder_future_share != 1.0:
+        found.append(f"encoder_future_share is {config.encoder_future_share}, not 1")
     if not config.eos_token_ids:
         found.append("eos_token_ids are empty")
     shared = {"norm_adds_one": True, "post_norms": True, "scale_embeddings": True, "mlp_bias": False}
