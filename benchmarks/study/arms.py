@@ -38,6 +38,10 @@ class Arm:
     """Of `TrainSettings.opening`; `steps` is a share of the run here."""
     distillation: Mapping[str, Any] | None = None
     """Of a recipe; the donor is the teacher."""
+    cross_warmup: float = 0.0
+    """Share of the run in which cross-attention trains alone."""
+    stitch_tokens: int = 0
+    """That a stitched start fits on; 0: as the other fits."""
     is_random: bool = False
     """All parameters are drawn anew."""
     data: Mapping[str, Any] = field(default_factory=dict)
@@ -55,12 +59,15 @@ def evenly(kept: int, of: int) -> tuple[int, ...]:
     return tuple(round(i * (of - 1) / (kept - 1)) for i in range(kept))
 
 
-def arms(n_layers: int, kept_layers: Mapping[int, tuple[int, ...]]) -> dict[str, Arm]:
+def arms(
+    n_layers: int, kept_layers: Mapping[int, tuple[int, ...]], decoder: str | None = None
+) -> dict[str, Arm]:
     """By name.
 
     Args:
         n_layers: of the donor.
         kept_layers: decoder layers that were found to be missed most, by their number (`depth`).
+        decoder: a donor of another width for the decoder; adds arms of pairs of the two.
     """
     sink = {**LOSSLESS, "encoder_mask": "sink"}
     faint = {**sink, "future_share": 0.1}
@@ -151,6 +158,23 @@ def arms(n_layers: int, kept_layers: Mapping[int, tuple[int, ...]]) -> dict[str,
         1e-4,
         distillation=KD,
     )
+    if decoder is not None:
+        stitched = {"start": "stitched", "decoder": decoder}
+        for thousands in (2, 8, 24):
+            found[f"stitched {thousands}k"] = Arm(
+                f"two donors, source projections fitted on {thousands},000 tokens",
+                stitched,
+                stitch_tokens=1000 * thousands,
+            )
+        found["stitched sink"] = Arm(
+            "the same, fitted under the sink mask", {**stitched, "encoder_mask": "sink"}, stitch_tokens=24_000
+        )
+        found["unequal published"] = Arm(
+            "two donors, published start: random cross-attention, trained alone for a quarter of the run",
+            {"start": "published", "decoder": decoder},
+            2e-4,
+            cross_warmup=0.25,
+        )
     return found
 
 
@@ -166,7 +190,8 @@ def make(donor: str, arm: Arm, texts: Texts, seed: int) -> EncoderDecoder:
         settings["profile"] = partial(profile_encoder, texts=texts.pieces("profile", PROFILED))
     fitted_on = texts.pieces("train", FITTED)
     if settings["start"] == "stitched":
-        settings["stitcher"] = partial(stitch, texts=fitted_on, tokens=FITTED_TOKENS)
+        tokens = arm.stitch_tokens or FITTED_TOKENS
+        settings["stitcher"] = partial(stitch, texts=fitted_on, tokens=tokens)
     if "decoder_depth" in settings:
         settings["refit"] = partial(refit_decoder, texts=fitted_on, tokens=FITTED_TOKENS)
     model = twofold.adapt(donor, dtype=torch.float32, seed=seed, **settings)

@@ -2,9 +2,10 @@
 
     export TWOFOLD_DATA=/path/to/data
     python -m benchmarks.study.study DONOR --part start --out benchmarks/results/study/smollm2-135m
-    python -m benchmarks.study.study DONOR --part tasks --arm sink --arm "weight 0.1" --out ...
+    python -m benchmarks.study.study DONOR --part tasks --arm sink --arm "share 0.1" --out ...
     python -m benchmarks.study.study DONOR --part train --arm control --arm sink --steps 100 --out ...
     python -m benchmarks.study.study DONOR --part tune --arm sink --steps 40 --examples 100 --out ...
+    python -m benchmarks.study.study DONOR --decoder NARROW --part train --arm 'stitched 24k' --out ...
     python -m benchmarks.study.study --part figures --out benchmarks/results/study/smollm2-135m
 
 `start` measures every arm without training, in loss, and `tasks` in answers to multiple choice; `train` trains some and
@@ -17,7 +18,8 @@ domains, computed in float32. Differences between arms are paired: every arm is 
 noise given is the standard error over pieces of the difference to the donor's loss (`start`).
 
 The control is the donor itself, trained on the same tokens with the same loss: one stack of weights under a causal
-mask. Without it a drop in loss could be nothing but adaptation to the domain.
+mask. Without it a drop in loss could be nothing but adaptation to the domain. For pairs of two donors, which differ in
+width (`narrow` makes one), it is the decoder's donor.
 """
 
 from __future__ import annotations
@@ -84,7 +86,7 @@ class Study:
         self.out: Path = options.out
         donor = resolve(options.donor)
         n_layers = donor_family(donor.config).read_config(donor.config).stack.num_hidden_layers
-        self.arms = arms(n_layers, kept_layers(self.out))
+        self.arms = arms(n_layers, kept_layers(self.out), options.decoder)
         unknown = [name for name in options.arm if name not in self.arms]
         if unknown:
             raise ValueError(f"unknown arms {unknown}; known are {', '.join(self.arms)}")
@@ -230,6 +232,7 @@ class Study:
             schedule=ScheduleConfig(warmup_steps=max(1, options.steps // 20), decay="constant"),
             precision=options.precision,
             opening=opening,
+            cross_attention_warmup_steps=round(arm.cross_warmup * options.steps),
             seed=seed,
             tensorboard=False,
             device=options.device,
@@ -324,6 +327,7 @@ class Curve(Callback):
             "donor": Path(self._options.donor).name,
             "precision": self._options.precision,
             "is_finished": step == self._options.steps,
+            "stitch": (self._model.adaptation or {}).get("stitch"),
             "curve": self.points,
         }
         metrics = {f"{domain}_loss": value for domain, value in point["loss"].items()}
@@ -336,6 +340,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("donor", nargs="?", help="folder, hub name or GGUF file of a decoder-only model")
+    parser.add_argument("--decoder", help="a donor of the decoder, of another width; adds arms of pairs")
     parser.add_argument("--part", choices=["start", "tasks", "train", "tune", "figures"], required=True)
     parser.add_argument("--arm", action="append", default=[], help="only this one; may be repeated")
     parser.add_argument("--seed", action="append", type=int, default=[], help="may be repeated; default 0")
