@@ -236,14 +236,9 @@ def test_no_file():
 
 def test_adapt_takes_the_arguments_of_the_function():
     arguments = inspect.signature(twofold.adapt).parameters
-    # dtype is always float32 in training; the other two are functions.
-    assert set(AdaptConfig.model_fields) == set(arguments) - {
-        "dtype",
-        "profile",
-        "choose",
-        "refit",
-        "stitcher",
-    }
+    functions = {"profile", "choose", "refit", "stitcher"}
+    # dtype is always float32 in training.
+    assert set(AdaptConfig.model_fields) == set(arguments) - functions - {"dtype"}
     defaults = {name: p.default for name, p in arguments.items() if name in AdaptConfig.model_fields}
     ours = {n: f.default for n, f in AdaptConfig.model_fields.items()}
     assert {n: d for n, d in defaults.items() if n != "encoder"} == {

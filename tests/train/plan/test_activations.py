@@ -28,6 +28,7 @@ MEETINGS = [
         ("separate", "final", False), ("separate", "aligned", True), ("merged", "aligned", True)
     )
 ]  # fmt: skip
+MEETINGS.append({**MEETINGS[2], "source_projections": "own"})
 
 
 @pytest.fixture(autouse=True)
@@ -78,7 +79,9 @@ def compare(config, numbers, trained="everything"):
 
 @pytest.mark.parametrize("numbers", [FLOAT32, AUTOCAST, BFLOAT16], ids=["float32", "autocast", "bfloat16"])
 @pytest.mark.parametrize("side", STACKS.values(), ids=STACKS)
-@pytest.mark.parametrize("meeting", MEETINGS, ids=lambda m: f"{m['layout']} {m['reads']}")
+@pytest.mark.parametrize(
+    "meeting", MEETINGS, ids=lambda m: f"{m['layout']} {m['reads']} {'own' * ('source_projections' in m)}"
+)
 def test_what_autograd_keeps(side, meeting, numbers):
     compare(pair_config(side, **meeting, pad_token_id=None), numbers)
 
