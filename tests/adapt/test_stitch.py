@@ -166,6 +166,8 @@ def test_folder_and_memory_agree_and_the_report_says_how(make, tmp_path):
     assert (config.decoder_start, set(config.encoder_mask)) == ("last_source_token", {"causal"})
     for (name, a), (_, b) in zip(loaded.named_parameters(), in_memory.named_parameters(), strict=True):
         assert torch.equal(a, b), name
+    for layer in loaded.decoder.layers:
+        assert layer.self_attn.source_v_proj.weight.abs().max() > 0
     assert json.loads((tmp_path / "pair" / "adaptation.json").read_text()) == report
     assert set(report["tensors"]) == set(load_file(tmp_path / "pair" / "model.safetensors"))
     name = "model.decoder.layers.2.self_attn.source_k_proj"
@@ -243,6 +245,12 @@ class TestRefusals:
         folder, _ = save_donor(llama_config())
         with pytest.raises(ValueError, match="no tokenizer, so it cannot be fitted on text"):
             twofold.adapt(folder, start="stitched")
+
+
+def test_by_default_a_hundred_tokens_for_each_axis(make):
+    folder, _ = make(llama_config(**SIZES))
+    found = twofold.adapt(folder, start="stitched").adaptation["stitch"]  # texts that are on every machine
+    assert found["tokens"] + found["held_out_tokens"] == 100 * 32
 
 
 def test_mode_and_weights_are_left_as_they_were(make):

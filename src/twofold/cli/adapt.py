@@ -15,7 +15,6 @@ from twofold.adapt import Choices, Plan, adapt_to_folder
 from twofold.adapt.adaptation import Initialised
 from twofold.adapt.profile import DEFAULT_BUDGET
 from twofold.adapt.refit import DEFAULT_TOKENS as REFIT_TOKENS
-from twofold.adapt.stitch import DEFAULT_TOKENS as STITCH_TOKENS
 from twofold.cli.console import err, note, print_json
 from twofold.cli.profile import depth_chooser, profile_donor, profiler, read_domains, refitter, show, stitcher
 
@@ -90,8 +89,12 @@ def adapt_command(
         float, typer.Option(help="Nats per token, on every domain, that open layers may cost together.")
     ] = DEFAULT_BUDGET,
     stitch_tokens: Annotated[
-        int, typer.Option(help="Tokens of these texts that the stitched start fits and measures on, at most.")
-    ] = STITCH_TOKENS,
+        int | None,
+        typer.Option(
+            help="Tokens of these texts that the stitched start fits and measures on, at most; default 100 for each "
+            "axis of the encoder's width."
+        ),
+    ] = None,
     refit_tokens: Annotated[
         int,
         typer.Option(

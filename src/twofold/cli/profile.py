@@ -78,7 +78,7 @@ def refitter(domains: Domains | None, tokens: int) -> Refitter | None:
     return partial(refit_decoder, texts=domains, tokens=tokens, watch=watch) if tokens else None
 
 
-def stitcher(domains: Domains | None, tokens: int) -> Stitcher:
+def stitcher(domains: Domains | None, tokens: int | None) -> Stitcher:
     """The fit of a stitched start over the given domains, with a progress bar."""
 
     def watch(batches: Iterator[int], total: int) -> Iterator[int]:
