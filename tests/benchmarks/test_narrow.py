@@ -1,18 +1,23 @@
 """The narrower donor of the study: all axes kept it is the donor, and axes that nothing uses can go."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 import transformers
 
 import twofold
-from benchmarks.study.narrow import narrowed, principal_axes, single_stack, write_llama
 from tests.models.hf import donor, gemma2_config, llama_config
 from tests.models.tiny import assert_same, differ, random_ids
 
 SIZES = {"vocab_size": 258, "max_position_embeddings": 256, "bos_token_id": 256, "eos_token_id": 257}
 TEXTS = ["the quick brown fox jumps over the lazy dog", "1, 1, 2, 3, 5, 8, 13, 21, 34, 55, 89, 144"]
+
+
+@pytest.fixture(autouse=True)
+def _root_on_path(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2]))
 
 
 @pytest.fixture
@@ -29,6 +34,8 @@ def make(tmp_path, byte_tokenizer):
 
 
 def narrow(pair, width, folder):
+    from benchmarks.study.narrow import narrowed, principal_axes, single_stack, write_llama
+
     axes = principal_axes(pair, TEXTS)
     weights, stack = narrowed(single_stack(pair), pair.config.encoder, axes, width)
     write_llama(folder, weights, stack, pair.tokenizer, pair)
@@ -69,6 +76,8 @@ def test_axes_that_nothing_writes_to_are_cut_for_nothing(make, tmp_path):
 
 
 def test_what_cannot_be_cut_is_refused(make):
+    from benchmarks.study.narrow import narrowed
+
     _, pair = make(llama_config(**SIZES))
     stack, axes = pair.config.encoder, torch.eye(32, dtype=torch.float64)
     with pytest.raises(ValueError, match="between 1 and the donor's 32, got 36"):
