@@ -64,6 +64,7 @@ def test_streamed_moments_give_the_ridge_regression_of_all_tokens():
         explained = 1 - left.square().mean() / (whole - whole.mean()).square().mean()
         found_share = moments.explained(moments.residual(found, intercept), weight)
         assert found_share == pytest.approx(explained.item(), abs=1e-9)
+        assert moments.explained(moments.residual(found, intercept), 0 * weight) == 1.0
 
 
 def test_each_side_is_read_as_it_reads(make):

@@ -104,7 +104,8 @@ def stitch(
             "stitching fits projections that a merged decoder has for the source alone (start='stitched'), got "
             f"layout={config.layout!r}, source_projections={config.source_projections!r}"
         )
-    tokens = tokens or TOKENS_PER_AXIS * config.encoder.hidden_size
+    if tokens is None:
+        tokens = TOKENS_PER_AXIS * config.encoder.hidden_size
     bos = [config.bos_token_id] if config.source_bos else []
     fitted, held_out = (
         [torch.tensor([*bos, *row]) for row in rows]
@@ -122,9 +123,11 @@ def stitch(
                 yield sum(map(len, batch))
 
     n_tokens = {name: sum(map(len, rows)) for name, rows in (("fitted", fitted), ("held_out", held_out))}
-    for _ in watch(steps(), sum(n_tokens.values())):
-        pass
-    model.train(was_training)
+    try:
+        for _ in watch(steps(), sum(n_tokens.values())):
+            pass
+    finally:
+        model.train(was_training)
 
     found: list[LayerFit] = []
     projections: dict[str, Tensor] = {}
@@ -165,10 +168,10 @@ class Moments:
         return r @ (self.sums / self.sums[-1, -1]) @ r.T
 
     def explained(self, residual_DD: Tensor, weight_PD: Tensor) -> float:
-        """Share of the variance of `weight y` that is not in a residual of y."""
+        """Share of the variance of `weight y` that is not in a residual of y; 1 where it has none."""
         variance_DD = self.covariance[self.n_inputs :, self.n_inputs :]
         left, whole = (((weight_PD @ x) * weight_PD).sum().item() for x in (residual_DD, variance_DD))
-        return 1.0 - left / whole
+        return 1.0 - left / whole if whole else 1.0
 
 
 def ridge_maps(moments: Moments, ridges: Sequence[float]) -> Iterator[tuple[Tensor, Tensor]]:
