@@ -28,7 +28,7 @@ def make(tmp_path, byte_tokenizer):
         theirs = donor(config)
         theirs.save_pretrained(tmp_path / "donor")
         byte_tokenizer.save_pretrained(tmp_path / "donor")
-        return theirs, twofold.adapt(tmp_path / "donor", start="lossless", tie_stacks=True)
+        return theirs, twofold.adapt(tmp_path / "donor", start="lossless", encoder_mask="causal", tie_stacks=True)
 
     return save
 
@@ -49,7 +49,7 @@ def test_with_all_axes_it_is_the_donor(make, tied, tmp_path):
     cut = narrow(pair, 32, tmp_path / "cut")
     ids = random_ids(2, 20)
     assert_same(cut(ids).logits, theirs(ids).logits, 1e-4)
-    read = twofold.adapt(tmp_path / "cut", start="lossless")
+    read = twofold.adapt(tmp_path / "cut", start="lossless", encoder_mask="causal")
     assert_same(read(ids[:, :9], None, ids[:, 9:]).logits, theirs(ids).logits[:, 9:], 1e-4)
     assert differ(narrow(pair, 28, tmp_path / "less")(ids).logits, theirs(ids).logits)
 
@@ -68,7 +68,7 @@ def test_axes_that_nothing_writes_to_are_cut_for_nothing(make, tmp_path):
         for writer in (layer.self_attn.o_proj, layer.mlp.down_proj):
             writer.weight.copy_(onto @ writer.weight)
     theirs.save_pretrained(tmp_path / "donor")
-    pair = twofold.adapt(tmp_path / "donor", start="lossless", tie_stacks=True)
+    pair = twofold.adapt(tmp_path / "donor", start="lossless", encoder_mask="causal", tie_stacks=True)
     cut = narrow(pair, 20, tmp_path / "cut")
     assert json.loads((tmp_path / "cut" / "config.json").read_text())["hidden_size"] == 20
     ids = random_ids(2, 20)
