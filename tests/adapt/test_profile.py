@@ -75,14 +75,21 @@ def test_all_layers_are_measured_without_a_limit_and_with_a_tenth(pair):
 class Costs:
     """Stands in for the measurement: what each layer costs, and the factor on it where later keys are limited."""
 
-    def __init__(self, by_layer, faint):
-        self.by_layer, self.faint, self.closed = by_layer, faint, {"x": torch.ones(2)}
+    def __init__(self, by_layer, faint, noise=0.0):
+        self.by_layer, self.faint, self.closed, self.noise = by_layer, faint, {"x": torch.ones(2)}, noise
         self.asked = []
 
     def opened(self, layers, future_share=1.0):
         self.asked.append((tuple(layers), future_share))
         cost = sum(self.by_layer[i] for i in layers) * (self.faint if future_share < 1 else 1.0)
-        return Opened(tuple(layers), future_share, {"x": cost}, {"x": 0.0})
+        return Opened(tuple(layers), future_share, {"x": cost}, {"x": self.noise})
+
+
+def test_a_cost_that_noise_may_hide_does_not_fit(pair, monkeypatch):
+    for noise, share in ((0.004, 1.0), (0.008, 0.1)):
+        costs = Costs([0.008, 0.008, 0.009], 0.5, noise)
+        monkeypatch.setattr(profile_module, "_Meter", lambda *_, costs=costs: costs)
+        assert profiled(pair, budget=0.03).chosen.future_share == share
 
 
 @pytest.mark.parametrize(

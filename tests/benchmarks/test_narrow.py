@@ -28,7 +28,9 @@ def make(tmp_path, byte_tokenizer):
         theirs = donor(config)
         theirs.save_pretrained(tmp_path / "donor")
         byte_tokenizer.save_pretrained(tmp_path / "donor")
-        return theirs, twofold.adapt(tmp_path / "donor", start="lossless", encoder_mask="causal", tie_stacks=True)
+        return theirs, twofold.adapt(
+            tmp_path / "donor", start="lossless", encoder_mask="causal", tie_stacks=True
+        )
 
     return save
 

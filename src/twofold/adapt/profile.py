@@ -28,7 +28,8 @@ from twofold.config import EncoderMask
 from twofold.models import EncoderDecoder
 
 DEFAULT_BUDGET = 0.03
-"""Nats per target token, on each domain, that `encoder_mask="auto"` may cost before any training."""
+"""Nats per target token, on each domain, that `encoder_mask="auto"` may cost before any training, with the standard
+error of that cost on top."""
 
 
 FAINT_SHARE = 0.1
@@ -51,6 +52,10 @@ class Opened:
     def worst(self) -> float:
         """Of all domains."""
         return max(self.cost.values())
+
+    def fits(self, budget: float) -> bool:
+        """Whether the cost on every domain is within a budget, with its standard error on top."""
+        return all(self.cost[name] + self.noise[name] <= budget for name in self.cost)
 
 
 @dataclass(frozen=True)
@@ -111,7 +116,8 @@ def profile_encoder(
         model: with a tokenizer, aligned reads and merged layout; its mask and mode are left as they were.
         texts, source_length, target_length, examples: see `Sample`; lengths are cut to what the model can read.
         mask: what layers are opened to, `sink` or `bidirectional`.
-        budget: nats per target token that the opened layers together may cost on each domain.
+        budget: nats per target token that the opened layers together may cost on each domain, with one standard error
+            on top.
         each_layer: measure layers one by one also where all of them can be opened.
         watch: wraps the layers as they are measured, with their number, for a progress bar.
 
@@ -135,13 +141,13 @@ def profile_encoder(
         meter = _Meter(model, sample, mask)
         everything = tuple(range(n_layers))
         whole, faint = meter.opened(everything), meter.opened(everything, FAINT_SHARE)
-        fitting = [one for one in (whole, faint) if one.worst <= budget]
+        fitting = [one for one in (whole, faint) if one.fits(budget)]
         alone: tuple[Opened, ...] = ()
         together: tuple[Opened, ...] = (whole,)
         if each_layer or not fitting:
             alone = tuple(watch((meter.opened((i,)) for i in everything), n_layers))
             together = (*_halved(meter, _cheapest_first(alone), budget), whole)
-            fitting += [one for one in reversed(together) if one.worst <= budget]
+            fitting += [one for one in reversed(together) if one.fits(budget)]
         chosen = fitting[0] if fitting else meter.opened(())
     return Profile(
         mask=mask,
@@ -170,7 +176,7 @@ def _halved(meter: _Meter, order: Sequence[int], budget: float) -> list[Opened]:
     while high - low > 1:
         middle = (low + high) // 2
         tried[middle] = meter.opened(order[:middle])
-        low, high = (middle, high) if tried[middle].worst <= budget else (low, middle)
+        low, high = (middle, high) if tried[middle].fits(budget) else (low, middle)
     return [tried[n] for n in sorted(tried)]
 
 
