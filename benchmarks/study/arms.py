@@ -17,7 +17,7 @@ from twofold.adapt.refit import refit_decoder
 from twofold.adapt.stitch import stitch
 from twofold.models import EncoderDecoder
 
-PROFILED = 2
+PROFILED = 4
 """Pieces of each domain that a profile reads."""
 
 FITTED, FITTED_TOKENS = 60, 46_000
