@@ -19,7 +19,8 @@ from tests.models.tiny import (
     stack,
 )
 from twofold.models import DecoderCache
-from twofold.models.attention import Attention, Backend, _choose_backend, attend
+from twofold.models.attention import Attention, Backend, _choose_backend, attend, attend_everything
+from twofold.models.cache import KeyValues
 from twofold.models.layers import rope_tables, rotate
 from twofold.models.masks import AttentionMask, Rule, Tokens
 
@@ -445,3 +446,26 @@ def test_sdpa_refuses_a_model_with_a_cap_and_takes_one_without() -> None:
     model.set_attention_backend("sdpa")
     with pytest.raises(ValueError, match="'sdpa' has no soft-cap"):
         model.encode(random_ids(1, 4))
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("lengths", [(5, 3), (0, 4), (6, 0), (4,), (0,)])
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_decoding_step_equals_eager_over_all_keys_in_a_row(
+    softcap: float | None, lengths: tuple[int, ...], shared: bool
+) -> None:
+    """The first part belongs to all rows (a source) or, not shared, to each its own."""
+    generator = torch.Generator().manual_seed(0)
+    q_BNTH = 3 * torch.randn(3, 4, 1, 8, generator=generator)
+    parts, whole = [], []
+    for i, n_keys in enumerate(lengths):
+        n_rows = 1 if shared and i == 0 else 3
+        part = KeyValues(*torch.randn(2, n_rows, 2, n_keys, 8, generator=generator))
+        parts.append(part)
+        whole.append(KeyValues(*(x.expand(3, -1, -1, -1) for x in part)))
+    keys, values = (torch.cat(x, dim=2) for x in zip(*whole, strict=True))
+    ones = Tokens.from_segments(torch.ones(3, keys.shape[2], dtype=torch.int64))
+    mask = AttentionMask(Tokens.from_segments(torch.ones(3, 1, dtype=torch.int64)), (ones, Rule()))
+    expected = attend(q_BNTH, keys, values, mask, scale=0.7, softcap=softcap, backend="eager")
+    found = attend_everything(q_BNTH[:, :, 0], *parts, scale=0.7, softcap=softcap)
+    assert_same(found, expected[:, :, 0])

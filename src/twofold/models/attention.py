@@ -1,4 +1,5 @@
-"""Attention: one door, `attend`, with four backends behind it, and the module that makes q, k and v.
+"""Attention: one door, `attend`, with four backends behind it, a side door without masks for decoding steps, and
+the module that makes q, k and v.
 
 Letters: B batch, T queries, S keys, N query heads, K key-value heads, G = N / K queries per key-value head,
 H head_dim, D width of the queries' side, E width of the keys' side (the encoder's in cross-attention).
@@ -89,6 +90,47 @@ def attend(
         out: Tensor = attend_by_runs(q_BNTH, k_BKSH, v_BKSH, mask, scale, softcap)
         return out
     raise ValueError(f"unknown attention backend {backend!r}; use one of {', '.join(get_args(Backend))}")
+
+
+def attend_everything(q_BNH: Tensor, *parts: KeyValues, scale: float, softcap: float | None = None) -> Tensor:
+    """Attention of a decoding step: one query in each row, which sees every key of every part.
+
+    One softmax over all parts, which are never copied together. A part with one batch row is shared by all
+    queries, as the source is by samples and beams.
+
+    Args:
+        q_BNH: [B, N, H].
+        parts: [B, K, S, H] or [1, K, S, H] each; S may be 0.
+        softcap: as in `attend`.
+
+    Returns:
+        [B, N, H] in the dtype of q; zeros where there is no key at all.
+    """
+    n_rows, n_heads, head_dim = q_BNH.shape
+    n_kv_heads = parts[0].keys.shape[1]
+    q_BKGH = q_BNH.view(n_rows, n_kv_heads, n_heads // n_kv_heads, head_dim)
+
+    def folded(x_BKGX: Tensor, part: KeyValues) -> Tensor:
+        """With a shared part all rows' queries lie side by side: [1, K, B G, X]."""
+        return x_BKGX if len(part.keys) == n_rows else x_BKGX.transpose(0, 1).flatten(1, 2)[None]
+
+    def unfolded(x_BKGX: Tensor) -> Tensor:
+        if len(x_BKGX) == n_rows:
+            return x_BKGX
+        return x_BKGX[0].view(n_kv_heads, n_rows, n_heads // n_kv_heads, -1).transpose(0, 1)
+
+    scores_BKGS = torch.cat(
+        [unfolded(folded(q_BKGH, part) @ part.keys.transpose(-1, -2)) for part in parts], dim=-1
+    ).float()
+    scores_BKGS = scores_BKGS * scale
+    if softcap is not None:
+        scores_BKGS = softcap * torch.tanh(scores_BKGS / softcap)
+    weights_BKGS = scores_BKGS.softmax(dim=-1).to(q_BNH.dtype)
+    out_BKGH = torch.zeros_like(q_BKGH)
+    weights_of_parts = torch.split_with_sizes(weights_BKGS, [part.length for part in parts], dim=-1)
+    for weights, part in zip(weights_of_parts, parts, strict=True):
+        out_BKGH = out_BKGH + unfolded(folded(weights, part) @ part.values)
+    return out_BKGH.reshape(n_rows, n_heads, head_dim)
 
 
 def _choose_backend(
@@ -278,5 +320,9 @@ class Attention(nn.Module):
             dropout_p=self.dropout_p if self.training else 0.0,
             backend=self.backend,
         )
+        return self.project(attended_BNTH)
+
+    def project(self, attended_BNTH: Tensor) -> Tensor:
+        """What all heads found, back to the stack's width: [B, T, D]."""
         out: Tensor = self.o_proj(attended_BNTH.transpose(1, 2).flatten(2))
         return out

@@ -9,15 +9,16 @@ encoder, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from twofold.config import EncoderDecoderConfig, LayerType, StackConfig
 from twofold.models.attention import Attention, RopeTables
-from twofold.models.cache import DecoderCache, LayerCache
+from twofold.models.cache import DecoderCache, KeyValues, LayerCache
 from twofold.models.layers import Embedding, GatedMLP, RMSNorm, rope_tables
 from twofold.models.masks import AttentionMask, Rule, Tokens, decoder_rule, encoder_rule
 
@@ -96,6 +97,46 @@ class DecoderView:
     """Over the source's keys; not used in the merged layout."""
 
 
+class LayerKeys(Protocol):
+    """The keys and values that one decoder layer attends to, however they are kept."""
+
+    def attend_own(self, attention: Attention, q_BNTH: Tensor, new: KeyValues) -> Tensor:
+        """Take in the new tokens' keys and values, attend to the decoder's own, project: [B, T, D]."""
+        ...
+
+    def attend_both(self, attention: Attention, q_BNTH: Tensor, new: KeyValues) -> Tensor:
+        """The same in one softmax over the source and the decoder's own."""
+        ...
+
+    def attend_source(self, attention: Attention, q_BNTH: Tensor) -> Tensor:
+        """Attend to the source alone, project: [B, T, D]."""
+        ...
+
+
+@dataclass
+class MaskedKeys:
+    """`LayerKeys` as tensors over the whole batch, under the masks of a view."""
+
+    view: DecoderView
+    source: KeyValues
+    own: KeyValues | None
+    """Of earlier tokens; the new ones are added."""
+
+    def attend_own(self, attention: Attention, q_BNTH: Tensor, new: KeyValues) -> Tensor:
+        self.own = new if self.own is None else self.own.followed_by(new)
+        out: Tensor = attention(q_BNTH, self.own, self.view.self_mask)
+        return out
+
+    def attend_both(self, attention: Attention, q_BNTH: Tensor, new: KeyValues) -> Tensor:
+        self.own = new if self.own is None else self.own.followed_by(new)
+        out: Tensor = attention(q_BNTH, self.source.followed_by(self.own), self.view.self_mask)
+        return out
+
+    def attend_source(self, attention: Attention, q_BNTH: Tensor) -> Tensor:
+        out: Tensor = attention(q_BNTH, self.source, self.view.cross_mask)
+        return out
+
+
 class DecoderBlock(Block):
     """Self-attention, attention to the source (a sub-layer of its own, or merged into the first), MLP."""
 
@@ -121,23 +162,29 @@ class DecoderBlock(Block):
         self, x_BTD: Tensor, memory_BSE: Tensor, view: DecoderView, past: LayerCache | None
     ) -> tuple[Tensor, LayerCache]:
         """`forward` up to the MLP."""
-        read = self.pre_self_attn_layernorm(x_BTD)
-        q = self.self_attn.queries(read, view.rope)
-        own = self.self_attn.keys_values(read, view.rope)
         if past is None:
             reader = self.self_attn if self.is_merged else self.cross_attn
             source = reader.source_keys_values(memory_BSE, view.source_rope)
         else:
-            own, source = past.own.followed_by(own), past.source
-        attended = self.self_attn(q, source.followed_by(own) if self.is_merged else own, view.self_mask)
-        x_BTD = x_BTD + self.dropout(self.post_self_attn_layernorm(attended))
+            source = past.source
+        keys = MaskedKeys(view, source, None if past is None else past.own)
+        x_BTD = self.sublayers(x_BTD, view.rope, view.rope if view.rotates_cross else None, keys)
+        assert keys.own is not None
+        return x_BTD, LayerCache(keys.own, source)
+
+    def sublayers(
+        self, x_BTD: Tensor, rope: RopeTables, cross_rope: RopeTables | None, keys: LayerKeys
+    ) -> Tensor:
+        """x [B, T, D] plus its attention sub-layers, whose keys and values lie in `keys`."""
+        read = self.pre_self_attn_layernorm(x_BTD)
+        q, new = self.self_attn.queries(read, rope), self.self_attn.keys_values(read, rope)
+        read_own = keys.attend_both if self.is_merged else keys.attend_own
+        x_BTD = x_BTD + self.dropout(self.post_self_attn_layernorm(read_own(self.self_attn, q, new)))
         if not self.is_merged:
-            q = self.cross_attn.queries(
-                self.pre_cross_attn_layernorm(x_BTD), view.rope if view.rotates_cross else None
-            )
-            attended = self.cross_attn(q, source, view.cross_mask)
+            q = self.cross_attn.queries(self.pre_cross_attn_layernorm(x_BTD), cross_rope)
+            attended = keys.attend_source(self.cross_attn, q)
             x_BTD = x_BTD + self.dropout(self.post_cross_attn_layernorm(attended))
-        return x_BTD, LayerCache(own, source)
+        return x_BTD
 
 
 class Stack(nn.Module):
@@ -273,6 +320,29 @@ class Decoder(Stack):
             cache.layers, cache.segments, cache.is_plain = kept, own_tokens.segments, own_tokens.is_plain
         x_BTD = self.dropout(self.norm(x_BTD))
         return x_BTD, (*hidden, x_BTD) if output_hidden_states else ()
+
+    def step(self, input_ids: Tensor, positions: Tensor, keys: Sequence[LayerKeys]) -> Tensor:
+        """One token more for rows whose keys and values somebody else keeps.
+
+        Args:
+            input_ids: int64 [B, 1].
+            positions: int64 [B, 1], behind the source for a continuing decoder.
+            keys: one per layer; each takes in the new token's.
+
+        Returns:
+            Normed hidden states [B, 1, D].
+        """
+        rope = self.rope(positions)
+        x_BTD = self.embed_tokens(input_ids)
+        for layer, layer_type, layer_keys in zip(
+            self.layers, self.stack_config.layer_types, keys, strict=True
+        ):
+            assert isinstance(layer, DecoderBlock)
+            rotation = rope[layer_type]
+            x_BTD = layer.sublayers(x_BTD, rotation, rotation if self.cross_rope else None, layer_keys)
+            x_BTD = layer.feed_forward(x_BTD)
+        out: Tensor = self.norm(x_BTD)
+        return out
 
     def _own_tokens(
         self, segments: Tensor, source: Tokens, cache: DecoderCache | None, is_plain: bool
