@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
 from twofold.data.chat import Messages, prompt_inputs
 from twofold.data.convention import Convention
+from twofold.infer.padding import padded
 from twofold.infer.sampling import Sampler, Sampling
 from twofold.models import DecoderCache, EncoderDecoder
 
@@ -57,8 +57,8 @@ def generate(
     _check(model, sources, prefixes, max_new_tokens)
     stop = set(model.config.eos_token_ids if stop_token_ids is None else stop_token_ids)
     device = next(model.parameters()).device
-    source_ids, source_mask = _padded(sources, "right", device)
-    step_ids, step_mask = _padded(prefixes, "left", device)
+    source_ids, source_mask = padded(sources, "right", device)
+    step_ids, step_mask = padded(prefixes, "left", device)
     sampler = Sampler(sampling or Sampling(), len(sources), device)
 
     encoder_output = model.encode(source_ids, source_mask)
@@ -173,20 +173,6 @@ class Engine:
                 text = self.tokenizer.decode(result.token_ids, skip_special_tokens=True)
                 completions[i] = Completion(text, result.token_ids, result.finish_reason, len(inputs[i][0]))
         return [completions[i] for i in range(len(prompts))]
-
-
-def _padded(
-    rows: Sequence[Sequence[int]], side: Literal["left", "right"], device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Ids int64 [B, L], 0 where padded, and mask bool [B, L]. At least one column."""
-    length = max(1, *(len(row) for row in rows))
-    ids = torch.zeros(len(rows), length, dtype=torch.int64)
-    mask = torch.zeros(len(rows), length, dtype=torch.bool)
-    for i, row in enumerate(rows):
-        span = slice(0, len(row)) if side == "right" else slice(length - len(row), length)
-        ids[i, span] = torch.tensor(row, dtype=torch.int64)
-        mask[i, span] = True
-    return ids.to(device), mask.to(device)
 
 
 def _check(

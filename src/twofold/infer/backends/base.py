@@ -1,0 +1,73 @@
+"""What the engine asks of the code that runs the model.
+
+Letters: R rows of one request that are decoded (samples, beams), V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Start:
+    """A request about to be encoded."""
+
+    source_ids: tuple[int, ...]
+    """Encoder input; may be empty."""
+    prefix_ids: tuple[int, ...]
+    """Decoder input that is given, at least one token."""
+    n_rows: int
+    """R: samples or beams that will read this source."""
+    n_tokens: int
+    """Decoder tokens each row will hold at most: the prefix, and every new token but the last."""
+
+
+class Held(Protocol):
+    """What a backend keeps of one running request."""
+
+    @property
+    def n_rows(self) -> int:
+        """R."""
+        ...
+
+    @property
+    def n_bytes(self) -> int:
+        """Memory held by keys and values."""
+        ...
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Go on with these rows, in this order; a row may be named more than once, but no more than were held."""
+        ...
+
+
+class Backend(Protocol):
+    """Encodes sources and decodes one token at a time for rows of any mixture of requests."""
+
+    def bytes_needed(self, start: Start) -> int:
+        """What `Held.n_bytes` of this request will be, at its largest."""
+        ...
+
+    def start(self, starts: Sequence[Start]) -> list[tuple[Held, Tensor]]:
+        """Encode some sources together and run the decoder over their prefixes.
+
+        Returns:
+            For each request what is held of it, and the logits of its first new token, float32 [V].
+        """
+        ...
+
+    def step(self, held: Sequence[Held], tokens: Sequence[Sequence[int]]) -> list[Tensor]:
+        """One token more in every row.
+
+        Args:
+            held: requests that take part; what they hold grows by the token. After an error the call may be
+                repeated, with all or some of them.
+            tokens: for each request the newest token of each of its rows.
+
+        Returns:
+            For each request the logits of the next token, float32 [R, V].
+        """
+        ...
