@@ -1,15 +1,24 @@
 """From the logits of one step to the next token of every row.
 
+In this order, as in transformers: penalties on logits, temperature, top-k, top-p, min-p, draw.
+
 Letters: B rows, V vocabulary.
 """
 
 from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from twofold.config.base import Config
+
+_HEAD = 1024
+"""The nucleus of top-p is first looked for among so many tokens: sorting a vocabulary of 256k takes longer than a
+decoding step."""
 
 
 class Sampling(Config):
@@ -21,48 +30,107 @@ class Sampling(Config):
     """Only the k most likely tokens."""
     top_p: float | None = Field(default=None, gt=0.0, le=1.0)
     """Only the smallest set of most likely tokens whose probabilities reach p; applied after `top_k`."""
+    min_p: float | None = Field(default=None, ge=0.0, le=1.0)
+    """Only tokens at least this fraction as likely as the most likely one; applied last."""
+    repetition_penalty: float = Field(default=1.0, gt=0.0)
+    """Logits of tokens that were generated before are divided by it where positive, multiplied where negative. The
+    source and the decoder's prefix do not count. 1: none."""
+    frequency_penalty: float = 0.0
+    """Subtracted from a token's logit once for each time it was generated."""
+    presence_penalty: float = 0.0
+    """Subtracted from a token's logit if it was generated at all."""
     seed: int = 0
     """Row i draws from its own stream, seeded with `seed + i`: what a row gets does not depend on the others."""
 
+    @property
+    def has_penalties(self) -> bool:
+        """Some logit depends on what was generated."""
+        return (self.repetition_penalty, self.frequency_penalty, self.presence_penalty) != (1.0, 0.0, 0.0)
+
 
 class Sampler:
-    """Chooses tokens for a fixed set of rows, one call a step.
+    """Chooses tokens for some rows, one call a step.
 
     Args:
         sampling: the settings.
         n_rows: B.
-        device: where the logits lie.
+        device: where the logits lie; numbers are drawn on the CPU, so that a seed means the same everywhere.
     """
 
     def __init__(self, sampling: Sampling, n_rows: int, device: torch.device) -> None:
         self.sampling = sampling
-        self.generators = [torch.Generator(device).manual_seed(sampling.seed + i) for i in range(n_rows)]
+        self.device = device
+        self._generators = [torch.Generator().manual_seed(sampling.seed + i) for i in range(n_rows)]
+        self._counts: list[Counter[int]] = [Counter() for _ in range(n_rows)]
 
     def choose(self, logits_BV: Tensor) -> Tensor:
-        """int64 [B]: the next token of every row, from float32 logits [B, V]."""
-        if self.sampling.temperature == 0.0:
-            return logits_BV.argmax(dim=-1)
-        probabilities_BV = filtered_probabilities(logits_BV, self.sampling)
-        drawn = [
-            torch.multinomial(row, 1, generator=generator)
-            for row, generator in zip(probabilities_BV, self.generators, strict=True)
-        ]
-        return torch.cat(drawn)
+        """int64 [B]: the next token of every row, from float32 logits [B, V]; remembered for the penalties."""
+        sampling = self.sampling
+        if sampling.has_penalties:
+            logits_BV = torch.stack(
+                [
+                    penalised(row, counts, sampling)
+                    for row, counts in zip(logits_BV, self._counts, strict=True)
+                ]
+            )
+        if sampling.temperature == 0.0:
+            chosen_B = logits_BV.argmax(dim=-1)
+        else:
+            chosen_B = self._draw(filtered_probabilities(logits_BV, sampling))
+        if sampling.has_penalties:
+            for counts, token in zip(self._counts, chosen_B.tolist(), strict=True):
+                counts[token] += 1
+        return chosen_B
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Go on with these rows; each keeps its stream."""
+        self._generators = [self._generators[row] for row in rows]
+        self._counts = [self._counts[row] for row in rows]
+
+    def _draw(self, probabilities_BV: Tensor) -> Tensor:
+        """One token per row: where a uniform number falls in the cumulated probabilities."""
+        # float64: over a large vocabulary float32 sums lose the unlikely tokens at the end.
+        cumulated_BV = probabilities_BV.double().cumsum(dim=-1)
+        uniform = [torch.rand((), generator=generator, dtype=torch.float64) for generator in self._generators]
+        places_B1 = torch.stack(uniform).to(self.device)[:, None] * cumulated_BV[:, -1:]
+        chosen_B1 = torch.searchsorted(cumulated_BV, places_B1, right=True)
+        return chosen_B1[:, 0].clamp(max=probabilities_BV.shape[-1] - 1)
+
+
+def penalised(logits_V: Tensor, counts: Counter[int], sampling: Sampling) -> Tensor:
+    """The logits of one row [V] after the penalties on the tokens it has generated, given how often."""
+    if not counts:
+        return logits_V
+    tokens = torch.tensor(list(counts), device=logits_V.device)
+    times = torch.tensor(list(counts.values()), device=logits_V.device, dtype=logits_V.dtype)
+    seen = logits_V[tokens]
+    seen = torch.where(seen > 0, seen / sampling.repetition_penalty, seen * sampling.repetition_penalty)
+    seen = seen - sampling.frequency_penalty * times - sampling.presence_penalty
+    return logits_V.index_put((tokens,), seen)
 
 
 def filtered_probabilities(logits_BV: Tensor, sampling: Sampling) -> Tensor:
-    """float32 [B, V]: probabilities after temperature, then top-k, then top-p, summing to 1."""
+    """float32 [B, V]: probabilities after temperature, top-k, top-p and min-p, summing to 1."""
     logits_BV = logits_BV.float() / sampling.temperature
     if sampling.top_k is not None and sampling.top_k < logits_BV.shape[-1]:
         threshold_B1 = logits_BV.topk(sampling.top_k, dim=-1).values[:, -1:]
         logits_BV = logits_BV.masked_fill(logits_BV < threshold_B1, -torch.inf)
     probabilities_BV = logits_BV.softmax(dim=-1)
     if sampling.top_p is not None and sampling.top_p < 1.0:
-        sorted_BV, order_BV = probabilities_BV.sort(dim=-1, descending=True)
-        reached_before_BV = sorted_BV.cumsum(dim=-1) - sorted_BV
-        dropped_BV = torch.zeros_like(reached_before_BV, dtype=torch.bool).scatter(
-            1, order_BV, reached_before_BV >= sampling.top_p
-        )
-        probabilities_BV = probabilities_BV.masked_fill(dropped_BV, 0.0)
-        probabilities_BV = probabilities_BV / probabilities_BV.sum(dim=-1, keepdim=True)
-    return probabilities_BV
+        probabilities_BV = _nucleus(probabilities_BV, sampling.top_p)
+    if sampling.min_p is not None:
+        threshold_B1 = sampling.min_p * probabilities_BV.amax(dim=-1, keepdim=True)
+        probabilities_BV = probabilities_BV.masked_fill(probabilities_BV < threshold_B1, 0.0)
+    return probabilities_BV / probabilities_BV.sum(dim=-1, keepdim=True)
+
+
+def _nucleus(probabilities_BV: Tensor, top_p: float) -> Tensor:
+    """The probabilities of the smallest set of most likely tokens that reaches `top_p`, 0 for others."""
+    n_vocab = probabilities_BV.shape[-1]
+    sorted_BH, order_BH = probabilities_BV.topk(min(_HEAD, n_vocab), dim=-1)
+    reached_BH = sorted_BH.cumsum(dim=-1)
+    if n_vocab > _HEAD and bool((reached_BH[:, -1] < top_p).any()):
+        sorted_BH, order_BH = probabilities_BV.sort(dim=-1, descending=True)
+        reached_BH = sorted_BH.cumsum(dim=-1)
+    kept_BH = sorted_BH.masked_fill(reached_BH - sorted_BH >= top_p, 0.0)
+    return torch.zeros_like(probabilities_BV).scatter(1, order_BH, kept_BH)
