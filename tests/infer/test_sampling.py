@@ -1,8 +1,12 @@
+import math
+from collections import Counter
+
 import pytest
 import torch
+import transformers
 from pydantic import ValidationError
 
-from twofold.infer.sampling import Sampler, Sampling, filtered_probabilities
+from twofold.infer.sampling import Sampler, Sampling, filtered_probabilities, penalised
 
 LOGITS = torch.tensor([[0.0, 1.0, 2.0, 3.0]])
 PROBABILITIES = LOGITS.softmax(-1)  # .032 .087 .237 .644
@@ -48,7 +52,112 @@ def test_draws_follow_the_probabilities():
     assert (shares - PROBABILITIES[0]).abs().max() < 0.03
 
 
-@pytest.mark.parametrize("setting", [{"temperature": -1.0}, {"top_k": 0}, {"top_p": 0.0}, {"top_q": 1}])
+@pytest.mark.parametrize(
+    "setting", [{"temperature": -1.0}, {"top_k": 0}, {"top_p": 0.0}, {"top_q": 1}, {"min_p": 1.1}]
+)
 def test_bad_settings(setting):
     with pytest.raises(ValidationError):
         Sampling(**setting)
+
+
+def naive_distribution(logits: list[float], generated: list[int], s: Sampling) -> list[float]:
+    """The chain of filters in plain Python, one token at a time."""
+    logits = list(logits)
+    for token in set(generated):
+        x = logits[token]
+        x = x / s.repetition_penalty if x > 0 else x * s.repetition_penalty
+        x -= s.presence_penalty
+        for seen in generated:
+            if seen == token:
+                x -= s.frequency_penalty
+        logits[token] = x
+    logits = [x / s.temperature for x in logits]
+    order = sorted(range(len(logits)), key=lambda i: -logits[i])
+    kept = set(order[: s.top_k]) if s.top_k is not None else set(order)
+    weights = [math.exp(x - max(logits)) if i in kept else 0.0 for i, x in enumerate(logits)]
+    weights = [w / sum(weights) for w in weights]
+    if s.top_p is not None:
+        reached = 0.0
+        for i in order:
+            if reached >= s.top_p:
+                weights[i] = 0.0
+            reached += weights[i]
+    if s.min_p is not None:
+        weights = [w if w >= s.min_p * max(weights) else 0.0 for w in weights]
+    return [w / sum(weights) for w in weights]
+
+
+SETTINGS = [
+    {"temperature": 0.7},
+    {"top_k": 5},
+    {"top_p": 0.6},
+    {"min_p": 0.2},
+    {"repetition_penalty": 1.7},
+    {"repetition_penalty": 0.6},
+    {"frequency_penalty": 0.8},
+    {"presence_penalty": 1.1},
+    {
+        "temperature": 1.3, "top_k": 12, "top_p": 0.9, "min_p": 0.05,
+        "repetition_penalty": 1.2, "frequency_penalty": 0.3, "presence_penalty": -0.4,
+    },
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("setting", SETTINGS, ids=lambda s: "-".join(s))
+def test_filters_equal_plain_loops(setting):
+    sampling = Sampling(**({"temperature": 1.0} | setting))
+    logits_BV = 2 * torch.randn(4, 20, generator=torch.Generator().manual_seed(1))
+    generated = [[], [3], [3, 3, 7, 3], [0, 19, 0, 5, 5]]
+    rows = [penalised(row, Counter(ids), sampling) for row, ids in zip(logits_BV, generated, strict=True)]
+    found = filtered_probabilities(torch.stack(rows), sampling)
+    for row, logits, ids in zip(found, logits_BV, generated, strict=True):
+        expected = naive_distribution(logits.tolist(), ids, sampling)
+        assert row.tolist() == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("setting", "processor"),
+    [
+        ({"temperature": 0.7}, transformers.TemperatureLogitsWarper(0.7)),
+        ({"top_k": 5}, transformers.TopKLogitsWarper(5)),
+        ({"top_p": 0.6}, transformers.TopPLogitsWarper(0.6)),
+        ({"min_p": 0.2}, transformers.MinPLogitsWarper(0.2)),
+        ({"repetition_penalty": 1.7}, transformers.RepetitionPenaltyLogitsProcessor(1.7)),
+    ],
+    ids=lambda x: "-".join(x) if isinstance(x, dict) else "",
+)
+def test_filters_equal_those_of_transformers(setting, processor):
+    sampling = Sampling(**({"temperature": 1.0} | setting))
+    logits_BV = 2 * torch.randn(3, 30, generator=torch.Generator().manual_seed(2))
+    ids = torch.tensor([[3, 3], [7, 29], [0, 1]])
+    rows = [penalised(row, Counter(i.tolist()), sampling) for row, i in zip(logits_BV, ids, strict=True)]
+    found = filtered_probabilities(torch.stack(rows), sampling)
+    assert torch.allclose(found, processor(ids, logits_BV.clone()).softmax(-1), atol=1e-6)
+
+
+def test_the_sampler_counts_what_it_chose():
+    """Greedy, each token at most twice: a large frequency penalty makes it walk down the list."""
+    sampler = Sampler(Sampling(frequency_penalty=0.6), 2, torch.device("cpu"))
+    logits = torch.tensor([[3.0, 2.0, 1.0], [1.0, 3.0, 2.0]])
+    chosen = torch.stack([sampler.choose(logits) for _ in range(4)])
+    assert chosen.T.tolist() == [[0, 0, 1, 0], [1, 1, 2, 1]]
+    sampler.keep([1])
+    assert sampler.choose(logits[1:]).tolist() == [2]
+
+
+def test_rows_that_are_kept_keep_their_streams():
+    flat = torch.zeros(3, 50)
+    whole, part = (Sampler(Sampling(temperature=1.0), 3, torch.device("cpu")) for _ in range(2))
+    assert torch.equal(whole.choose(flat), part.choose(flat))
+    part.keep([2, 0])
+    assert part.choose(flat[:2]).tolist() == whole.choose(flat)[[2, 0]].tolist()
+
+
+@pytest.mark.parametrize("top_p", [0.3, 0.9])
+def test_a_nucleus_larger_than_the_head_of_the_vocabulary(top_p):
+    """3000 almost equally likely tokens: 0.3 takes fewer than the 1024 looked at first, 0.9 more."""
+    logits = 0.01 * torch.randn(2, 3000, generator=torch.Generator().manual_seed(3))
+    found = filtered_probabilities(logits, Sampling(temperature=1.0, top_p=top_p))
+    expected = transformers.TopPLogitsWarper(top_p)(torch.zeros(2, 1), logits).softmax(-1)
+    assert ((found > 0) != (expected > 0)).sum() <= 2  # rounding at the edge of the nucleus
+    assert torch.allclose(found, expected, atol=1e-5)
