@@ -29,6 +29,15 @@ def byte_tokenizer() -> Any:
     )
 
 
+@pytest.fixture(scope="session")
+def word_tokenizer() -> Any:
+    """One token per word; decoding joins them with spaces."""
+    words = ["<unk>", "the", "cat", "sat"]
+    inner = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>")
+
+
 @pytest.fixture
 def text_model(byte_tokenizer: Any) -> Callable[..., EncoderDecoder]:
     """A tiny random model that takes text; a lossless-style pair unless told otherwise."""
