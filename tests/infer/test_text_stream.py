@@ -56,6 +56,10 @@ def test_stop_strings_across_tokens(byte_tokenizer, text, stops, expected):
     assert stream.text == "".join(expected)
 
 
+def test_of_two_stop_strings_in_one_token_the_first_counts(word_tokenizer):
+    assert pieces(TextStream(word_tokenizer, ["e", "h"]), [1, 2]) == ["t", ""]
+
+
 def test_a_fork_goes_its_own_way(byte_tokenizer):
     a, b, c, d = byte_tokenizer("abcd")["input_ids"]
     one = TextStream(byte_tokenizer, ["cd"])
