@@ -54,4 +54,4 @@ def test_bad_use(text_model):
         twofold.Engine(model, batch_size=0)
     model.tokenizer = None
     with pytest.raises(ValueError, match="no tokenizer"):
-        twofold.Engine(model)
+        twofold.Engine(model, device="cpu").generate(["hello"])

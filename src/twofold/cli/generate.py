@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json as json_module
 import time
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -55,12 +54,12 @@ def generate_command(
     n_tokens = sum(len(c.token_ids) for c in completions)
 
     if out_file is not None:
-        lines = [json_module.dumps(asdict(c), ensure_ascii=False) for c in completions]
+        lines = [json_module.dumps(c.to_json(), ensure_ascii=False) for c in completions]
         out_file.write_text("\n".join(lines) + "\n")
         note(f"wrote {out_file}")
     elif json:
         for completion in completions:
-            print_json(asdict(completion))
+            print_json(completion.to_json())
     else:
         for completion in completions:
             out.print(completion.text, markup=False)

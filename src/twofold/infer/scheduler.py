@@ -70,11 +70,11 @@ class Scheduler:
         """Jobs that hold memory."""
         return len(self._running)
 
-    def submit(self, job: Job) -> None:
-        """Let a job wait.
+    def check(self, job: Job) -> None:
+        """Refuse what could not run even alone; reads no state, so that any thread may call it.
 
         Raises:
-            ValueError: it could not run even alone.
+            ValueError: too many rows or bytes.
         """
         if job.n_rows > self.max_rows:
             raise ValueError(
@@ -86,6 +86,10 @@ class Scheduler:
                 f"the request needs {job.n_bytes:,} bytes of keys and values, the engine keeps at most "
                 f"{self.max_bytes:,}; shorten it, lower max_new_tokens, or raise the engine's cache_bytes"
             )
+
+    def submit(self, job: Job) -> None:
+        """Let a job wait. Errors as in `check`."""
+        self.check(job)
         job.arrival = self._n_arrived
         self._n_arrived += 1
         insort(self._waiting, job, key=lambda waiting: waiting.place)

@@ -40,7 +40,8 @@ class Held(Protocol):
         ...
 
     def select(self, rows: Sequence[int]) -> None:
-        """Go on with these rows, in this order; a row may be named more than once, but no more than were held."""
+        """Go on with these rows, in this order. One may be named more than once, but there must not be more than
+        the request started with."""
         ...
 
 

@@ -159,12 +159,11 @@ class HeldTensors:
 
     def select(self, rows: Sequence[int]) -> None:
         """See `Held`."""
-        assert len(rows) <= self.n_rows
-        if list(rows) == list(range(self.n_rows)):
-            return
         index = list(rows)
+        if index == list(range(self.n_rows)):
+            return
         for layer in self.layers:
-            if len(index) < self.n_rows:
+            if len(index) != self.n_rows:
                 layer.own = KeyValues(*(buffer_RKCH[index] for buffer_RKCH in layer.own))
                 continue
             used = min(self.n_tokens, layer.own.length)
