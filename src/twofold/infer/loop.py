@@ -103,6 +103,7 @@ class Loop:
             try:
                 self._empty_inbox()
                 group = self.scheduler.admit()
+                assert group or self._running or not self.scheduler.n_waiting  # else nothing would ever run
                 if group:
                     self._start(group)
                 if self._running:
