@@ -8,6 +8,8 @@ import torch
 from tests.models.families.test_t5gemma import ours_of, reference
 from tests.models.tiny import MEETINGS, build, gemma_stack, meeting_id, pair_config, stack
 from twofold.infer import Engine, Request, Sampling
+from twofold.infer.beams import Beams
+from twofold.infer.prepare import prepare
 
 SOURCE, PREFIX = (5, 6, 7, 8), (2,)
 
@@ -144,6 +146,52 @@ def test_a_stop_string_ends_a_beam(text_model):
     stop = free[0].text[2:4]
     assert len(stop) == 2
     found = engine.submit(Request(prompt="hello", num_beams=3, n=3, max_new_tokens=8, stop=stop)).result()
-    assert all(stop not in completion.text for completion in found)
+    for completion in found:
+        whole = engine.tokenizer.decode(completion.token_ids, skip_special_tokens=True)
+        assert completion.text == whole.split(stop)[0]
     assert any(completion.text == free[0].text[:2] for completion in found)
     assert engine.loop.scheduler.used_bytes == 0
+
+
+def beams_after(*steps: list[list[float]], **options) -> tuple[Beams, list[bool]]:
+    """Two beams over 6 tokens, of which 1 ends unless told otherwise; fed with probabilities row by row. And after which steps they go
+    on."""
+    options = {"stop_token_ids": (1,)} | options
+    request = Request(source_ids=(3,), prefix_ids=(2,), num_beams=2, n=2, **options)
+    beams = Beams(prepare(request, pair_config(stack(vocab_size=6)), None))
+    return beams, [bool(beams.advance(torch.tensor(step).log()).rows) for step in steps]
+
+
+def test_a_beam_that_ends_counts_only_among_the_best():
+    """Tokens 1 and 3 end, first and third in the first step: the third is too late for two beams, though it would
+    be second in the end."""
+    first, uniform = [[0.02, 0.4, 0.02, 0.2, 0.3, 0.06]], [[1 / 6] * 6] * 2
+    beams, _ = beams_after(first, uniform, max_new_tokens=2, length_penalty=0.0, stop_token_ids=(1, 3))
+    assert [c.token_ids[0] for c in beams.completions()] == [1, 4]
+
+
+@pytest.mark.parametrize(("early_stopping", "goes_on"), [(True, False), (False, False), ("never", True)])
+def test_when_no_open_beam_is_good_enough(early_stopping, goes_on):
+    """Two have ended at -0.65 and -0.92; the best open one stands at -5.1 / 2, and at -5.1 / 20 it would win."""
+    first = [[0.1, 0.4, 0.05, 0.05, 0.3, 0.1]]
+    second = [[0.02, 0.9, 0.02, 0.02, 0.02, 0.02], [0.02, 0.9, 0.02, 0.02, 0.02, 0.02]]
+    _, going = beams_after(first, second, max_new_tokens=20, early_stopping=early_stopping)
+    assert going == [True, goes_on]
+
+
+@pytest.mark.parametrize(("early_stopping", "goes_on"), [(True, False), (False, True), ("never", True)])
+def test_when_an_open_beam_is_better(early_stopping, goes_on):
+    """Two have ended at -0.92 and -1.12; the best open one stands at -0.80 / 2."""
+    first = [[0.01, 0.4, 0.01, 0.01, 0.56, 0.01]]
+    second = [[0.01, 0.19, 0.0, 0.0, 0.8, 0.0], [0.02, 0.9, 0.02, 0.02, 0.02, 0.02]]
+    _, going = beams_after(first, second, max_new_tokens=20, early_stopping=early_stopping)
+    assert going == [True, goes_on]
+
+
+def test_only_the_best_finished_beams_are_remembered():
+    """Three have ended, and the third no longer keeps the search alive."""
+    first = [[0.01, 0.5, 0.01, 0.01, 0.46, 0.01]]
+    second = [[0.02, 0.9, 0.02, 0.02, 0.02, 0.02], [0.01, 0.95, 0.01, 0.01, 0.01, 0.01]]
+    beams, going = beams_after(first, second, max_new_tokens=20)
+    assert going == [True, False]
+    assert len(beams._finished) == 2
