@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from twofold.infer.limits import check_inputs
+from twofold.infer.limits import check_inputs, check_source
 from twofold.infer.padding import padded
 from twofold.models import EncoderDecoder
 
@@ -95,7 +95,7 @@ def embed_sources(model: EncoderDecoder, sources: Sequence[Sequence[int]], pooli
     for i, source in enumerate(sources):
         if len(source) == 0:
             raise ValueError(f"text {i} has no tokens, so there is nothing to embed; leave it out")
-        check_inputs(model.config, source, source[:1], 0, name=f"text {i}")
+        check_source(model.config, source, name=f"text {i}")
     device = model.lm_head.out_proj.weight.device
     found: dict[int, Tensor] = {}
     for rows in _batches([len(source) for source in sources]):

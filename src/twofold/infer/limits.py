@@ -24,12 +24,7 @@ def check_inputs(
     """
     if len(prefix) == 0:
         raise ValueError(f"{name} has an empty decoder prefix; it needs at least a start token")
-    ids = (*source, *prefix)
-    if min(ids) < 0 or max(ids) >= config.decoder.vocab_size:
-        raise ValueError(
-            f"{name} has token ids from {min(ids)} to {max(ids)}; the vocabulary is 0 to "
-            f"{config.decoder.vocab_size - 1}"
-        )
+    _check_ids(config, (*source, *prefix), name)
     before = len(prefix) + (len(source) if config.decoder_positions == "continue" else 0)
     limit = config.decoder.max_position_embeddings
     if before + n_new > limit:
@@ -37,8 +32,22 @@ def check_inputs(
             f"{name}: {before} tokens before the first new one and {n_new} new ones pass the decoder's "
             f"max_position_embeddings of {limit}; shorten the text or lower max_new_tokens"
         )
+    check_source(config, source, name=name)
+
+
+def check_source(config: EncoderDecoderConfig, source: Sequence[int], *, name: str) -> None:
+    """The same for the encoder alone."""
+    _check_ids(config, source, name)
     if len(source) > config.encoder.max_position_embeddings:
         raise ValueError(
             f"{name}: source of {len(source)} tokens is longer than the encoder's max_position_embeddings "
             f"({config.encoder.max_position_embeddings}); shorten or split the text"
+        )
+
+
+def _check_ids(config: EncoderDecoderConfig, ids: Sequence[int], name: str) -> None:
+    if ids and (min(ids) < 0 or max(ids) >= config.decoder.vocab_size):
+        raise ValueError(
+            f"{name} has token ids from {min(ids)} to {max(ids)}; the vocabulary is 0 to "
+            f"{config.decoder.vocab_size - 1}"
         )
