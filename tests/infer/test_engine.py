@@ -456,7 +456,12 @@ class TestThreads:
             engine.close(cancel=cancel)
             assert all(handle.is_done for handle in handles)
             reasons = {handle.result()[0].finish_reason for handle in handles}
-            assert reasons == {"cancelled"} if cancel else {"length"}
+            if not cancel:
+                assert reasons == {"length"}
+            elif not starts:
+                assert reasons == {"cancelled"}
+            else:  # a thread that runs may have finished some before
+                assert reasons <= {"cancelled", "length"}
             assert_empty(engine)
             with pytest.raises(RuntimeError, match="the engine was closed"):
                 engine.submit(ids_request())
