@@ -154,7 +154,7 @@ def test_a_stop_string_ends_a_beam(text_model):
 
 
 def beams_after(*steps: list[list[float]], **options) -> tuple[Beams, list[bool]]:
-    """Two beams over 6 tokens, of which 1 ends unless told otherwise; fed with probabilities row by row. And after
+    """Two beams over 6 tokens, of which 1 ends unless told otherwise, fed with probabilities row by row; and after
     which steps they go on."""
     options = {"stop_token_ids": (1,)} | options
     request = Request(source_ids=(3,), prefix_ids=(2,), num_beams=2, n=2, **options)

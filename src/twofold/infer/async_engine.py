@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import suppress
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing, suppress
 
 from twofold.infer.engine import Engine
 from twofold.infer.handle import Handle
@@ -29,14 +29,16 @@ class AsyncEngine:
             ValueError: see `Engine.submit`.
             RequestFailed: see there.
         """
-        async for delta in self._deltas(await self._submit(request)):
-            yield delta
+        async with aclosing(self._deltas(await self._submit(request))) as deltas:
+            async for delta in deltas:
+                yield delta
 
     async def generate(self, request: Request) -> tuple[Completion, ...]:
         """The answers. Errors as in `stream`."""
         handle = await self._submit(request)
-        async for _ in self._deltas(handle):
-            pass
+        async with aclosing(self._deltas(handle)) as deltas:
+            async for _ in deltas:
+                pass
         return handle.result()
 
     async def close(self, *, cancel: bool = False) -> None:
@@ -45,9 +47,14 @@ class AsyncEngine:
 
     async def _submit(self, request: Request) -> Handle:
         # Tokenising a long text would hold up the event loop.
-        return await asyncio.to_thread(self.engine.submit, request)
+        submitted = asyncio.ensure_future(asyncio.to_thread(self.engine.submit, request))
+        try:
+            return await asyncio.shield(submitted)
+        except asyncio.CancelledError:
+            submitted.add_done_callback(_give_up)
+            raise
 
-    async def _deltas(self, handle: Handle) -> AsyncIterator[Delta]:
+    async def _deltas(self, handle: Handle) -> AsyncGenerator[Delta, None]:
         loop = asyncio.get_running_loop()
         queue: asyncio.Queue[Delta | None] = asyncio.Queue()
 
@@ -62,3 +69,9 @@ class AsyncEngine:
             handle.result()  # raises what the request failed with
         finally:
             handle.cancel()
+
+
+def _give_up(submitted: asyncio.Future[Handle]) -> None:
+    """Nobody waits any more for what was just handed in."""
+    if not submitted.cancelled() and submitted.exception() is None:
+        submitted.result().cancel()

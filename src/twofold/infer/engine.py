@@ -93,7 +93,8 @@ class Engine:
             max_new_tokens: at most this many tokens for each.
             temperature, top_k, top_p: see `infer.sampling.Sampling`.
             seed: prompt i draws with `seed + i`.
-            options: other fields of `Request`, except `n`; with `num_beams` the best answer is returned.
+            options: other fields of `Sampling` and `Request`, except `n`; with `num_beams` the best answer is
+                returned.
 
         Returns:
             One completion per prompt, in order.
@@ -109,11 +110,13 @@ class Engine:
             raise ValueError(
                 "generate returns one completion per prompt; use submit(Request(..., n=...)) for more"
             )
+        filters = {name: options.pop(name) for name in list(options) if name in Sampling.model_fields}
+        filters |= {"temperature": temperature, "top_k": top_k, "top_p": top_p}
         requests = [
             Request(
                 prompt=prompt,
                 max_new_tokens=max_new_tokens,
-                sampling=Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed + i),
+                sampling=Sampling(seed=seed + i, **filters),
                 **options,
             )
             for i, prompt in enumerate(prompts)
