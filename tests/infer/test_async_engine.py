@@ -45,21 +45,25 @@ def test_many_streams_at_once(text_model):
     run(main, model, batch_size=4)
 
 
-def test_a_coroutine_that_is_cancelled_cancels_its_request(text_model):
+def test_a_coroutine_that_is_cancelled_cancels_its_request(text_model, monkeypatch):
     async def main(engine):
+        handles = []
+        submit = engine.engine.submit
+        monkeypatch.setattr(engine.engine, "submit", lambda r: handles.append(submit(r)) or handles[-1])
         request = Request(prompt="hello", max_new_tokens=200, stop_token_ids=())
-        tasks = [asyncio.create_task(engine.generate(request)) for _ in range(2)]
-        async for _ in engine.stream(request):
-            break
-        tasks[0].cancel()
+        stream = engine.stream(request)
+        await anext(stream)
+        await stream.aclose()
+        task = asyncio.create_task(engine.generate(request))
+        while len(handles) < 2:
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.05)
+        task.cancel()
         with pytest.raises(asyncio.CancelledError):
-            await tasks[0]
-        for _ in range(100):
-            if engine.engine.loop.scheduler.n_running == 1:
-                break
-            await asyncio.sleep(0.02)
-        assert engine.engine.loop.scheduler.n_running == 1
-        assert (await tasks[1])[0].finish_reason == "length"
+            await task
+        assert (await engine.generate(request))[0].finish_reason == "length"
+        reasons = [handle.result()[0].finish_reason for handle in handles]
+        assert reasons == ["cancelled", "cancelled", "length"]
 
     run(main, text_model())
 
