@@ -18,6 +18,7 @@ from tests.models.tiny import (
     random_ids,
     stack,
 )
+from twofold import load, save
 from twofold.models import DecoderCache, EncoderDecoder
 
 # The lossless start: the pair computes its donor.
@@ -251,6 +252,85 @@ def test_stacks_that_differ_cannot_be_tied() -> None:
         )
     with pytest.raises(ValueError, match="got layout='separate'"):
         pair_config(stack(), tie_word_embeddings="all", tie_stacks=True)
+
+
+# Projections of its own for the source.
+
+
+def own_and_shared(**changes: Any) -> tuple[EncoderDecoder, EncoderDecoder]:
+    """A merged pair with projections of its own for the source, and one without; else the same values."""
+    settings = {"layout": "merged", "reads": "aligned", "cross_rope": True, "decoder_positions": "continue"}
+    settings |= {"encoder_mask": ("causal",) * 3} | changes
+    own = build(pair_config(gemma_stack(), source_projections="own", **settings))
+    shared = build(pair_config(gemma_stack(), **settings))
+    state = dict(own.named_parameters())
+    with torch.no_grad():
+        for name, parameter in shared.named_parameters():
+            parameter.copy_(state[name])
+    return own, shared
+
+
+@torch.no_grad()
+def test_own_projections_with_the_values_of_the_shared_ones_change_nothing() -> None:
+    """Gemma's k norm and RoPE come after them; then keys, values and their biases each move the logits."""
+    own, shared = own_and_shared()
+    for layer in own.decoder.layers:
+        for kind in "kv":
+            source = getattr(layer.self_attn, f"source_{kind}_proj")
+            source.weight.copy_(getattr(layer.self_attn, f"{kind}_proj").weight)
+            source.bias.zero_()
+    source, target = random_ids(2, 7), random_ids(2, 5, seed=1)
+    wanted = shared(source, None, target).logits
+    assert_same(own(source, None, target).logits, wanted)
+    attention = own.decoder.layers[1].self_attn
+    for parameter in (*attention.source_k_proj.parameters(), *attention.source_v_proj.parameters()):
+        before = parameter.clone()
+        parameter += 0.3
+        assert differ(own(source, None, target).logits, wanted)
+        parameter.copy_(before)
+
+
+def test_own_projections_join_unequal_widths_and_heads(tmp_path: Any) -> None:
+    """Keys and values have the decoder's heads; the encoder gets a gradient through them; a file keeps them."""
+    wide = stack(hidden_size=48, num_attention_heads=6, num_key_value_heads=3, head_dim=4)
+    narrow = stack(num_key_value_heads=1, num_hidden_layers=2, layer_types=("full_attention",) * 2)
+    config = pair_config(wide, narrow, **MEETINGS[15], aligned_layers=(0, 2), source_projections="own")
+    model = build(config)
+    assert model.decoder.layers[0].self_attn.source_k_proj.weight.shape == (8, 48)
+    source, target = random_ids(2, 7), random_ids(2, 5, seed=1)
+    logits = model(source, None, target).logits
+    logits.square().sum().backward()
+    for name in (
+        "model.encoder.layers.1.mlp.up_proj.weight",
+        "model.decoder.layers.0.self_attn.source_v_proj.bias",
+    ):
+        gradient = model.get_parameter(name).grad
+        assert gradient is not None
+        assert gradient.abs().max() > 1e-4
+    save(model, tmp_path / "pair")
+    with pytest.warns(UserWarning, match="no tokenizer files"):
+        loaded = load(tmp_path / "pair")
+    assert torch.equal(loaded(source, None, target).logits, logits)
+
+
+def test_own_projections_are_for_merged_layouts_of_two_stacks() -> None:
+    wide, narrow = stack(hidden_size=48), stack()
+    with pytest.raises(ValueError, match="layout='separate' cross-attention has projections of its own"):
+        pair_config(wide, narrow, source_projections="own")
+    with pytest.raises(ValueError, match="encoder width 48 and decoder width 32 must be equal"):
+        pair_config(wide, narrow, layout="merged")
+    with pytest.raises(ValueError, match="one embedding table for both sides needs equal widths"):
+        pair_config(wide, narrow, layout="merged", source_projections="own", tie_word_embeddings="all")
+    with pytest.raises(ValueError, match=r"tie_stacks makes one stack of both.*source_projections='own'"):
+        pair_config(
+            narrow, layout="merged", source_projections="own", tie_word_embeddings="all", tie_stacks=True
+        )
+
+
+@pytest.mark.parametrize("format", ["t5gemma", "t5gemma2"])
+def test_own_projections_fit_no_released_format(format: Any, tmp_path: Any) -> None:
+    with pytest.raises(ValueError, match="source_projections is 'own', not 'shared'"):
+        save(own_and_shared()[0], tmp_path / "pair", format=format)
 
 
 # What the encoder sees (D4).

@@ -81,6 +81,18 @@ def test_unequal_widths_and_heads():
     assert (flops.forward, flops.backward) == counted(build(config).train())
 
 
+def test_own_projections_of_a_wider_source():
+    config = pair_config(
+        stack(hidden_size=48, num_attention_heads=6, num_key_value_heads=3),
+        stack(num_key_value_heads=1, num_hidden_layers=2, layer_types=("full_attention",) * 2),
+        **MEETINGS[15],
+        aligned_layers=(0, 2),
+        source_projections="own",
+    )
+    flops = training_flops(config, dense_row(config))
+    assert (flops.forward, flops.backward) == counted(build(config).train())
+
+
 def test_cross_attention_alone_costs_what_its_gradients_need():
     config = pair_config(stack(hidden_size=48), stack())
     model = build(config).train()

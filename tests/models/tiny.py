@@ -124,13 +124,15 @@ MEETINGS = [
         ("separate", "merged"), ("final", "aligned"), (False, True), ("restart", "continue")
     )
 ]
-"""All sixteen ways for two stacks to meet."""
+MEETINGS += [MEETINGS[i] | {"source_projections": "own"} for i in (8, 15)]
+"""All sixteen ways for two stacks to meet, and two merged ones with projections of their own for the source."""
 
 
 def meeting_id(meeting: dict[str, Any]) -> str:
     """Its name in test ids."""
     rope = "rope" if meeting["cross_rope"] else "norope"
-    return f"{meeting['layout']}-{meeting['reads']}-{rope}-{meeting['decoder_positions']}"
+    own = "-own" if "source_projections" in meeting else ""
+    return f"{meeting['layout']}-{meeting['reads']}-{rope}-{meeting['decoder_positions']}{own}"
 
 
 def random_ids(n_rows: int, n_tokens: int, seed: int = 0) -> Tensor:

@@ -100,6 +100,7 @@ def _meeting(config: EncoderDecoderConfig) -> dict[str, Any]:
         "encoder_future_weight": config.encoder_future_weight,
         "tie_word_embeddings": config.tie_word_embeddings,
         "tie_stacks": config.tie_stacks,
+        "source_projections": config.source_projections,
     }
 
 

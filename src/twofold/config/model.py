@@ -143,7 +143,7 @@ class EncoderDecoderConfig(Config):
     decoder: StackConfig
     layout: Literal["separate", "merged"]
     """`separate`: a cross-attention sub-layer of its own. `merged`: decoder self-attention takes encoder keys
-    and values into the same softmax, through its own k and v projections."""
+    and values into the same softmax, made as `source_projections` says."""
     reads: Literal["final", "aligned"]
     """What the decoder sees of the encoder. `final`: the normed output of the last layer, in every decoder
     layer. `aligned`: decoder layer l sees what self-attention of encoder layer `aligned_layers[l]` sees, that
@@ -174,6 +174,10 @@ class EncoderDecoderConfig(Config):
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     """Tokens that end a target; the first one is appended in training."""
+    source_projections: Literal["shared", "own"] = "shared"
+    """Of the merged layout. `shared`: k and v projections of decoder self-attention make the source's keys and values
+    too, so both widths are equal. `own`: each decoder layer has a second pair of them for the source, with biases,
+    from any encoder width; a k norm is shared all the same."""
     eoi_token_id: int | None = None
     """T5Gemma 2: this token's embedding is a tensor of its own, `eoi_embedding`, that is not scaled."""
     classifier_dropout_rate: float = Field(default=0.0, ge=0.0, lt=1.0)
@@ -186,11 +190,17 @@ class EncoderDecoderConfig(Config):
                 f"encoder vocab_size {encoder.vocab_size} != decoder vocab_size {decoder.vocab_size}; "
                 "both sides must share one vocabulary"
             )
-        if self.layout == "merged" and encoder.hidden_size != decoder.hidden_size:
+        has_own = self.source_projections == "own"
+        if has_own and self.layout != "merged":
+            raise ValueError(
+                "source_projections='own' is for layout='merged'; with layout='separate' cross-attention has "
+                "projections of its own anyhow. Leave it at 'shared'"
+            )
+        if self.layout == "merged" and not has_own and encoder.hidden_size != decoder.hidden_size:
             raise ValueError(
                 f"merged attention shares k and v projections between both sides, so encoder width "
                 f"{encoder.hidden_size} and decoder width {decoder.hidden_size} must be equal; "
-                "use layout='separate'"
+                "use source_projections='own' or layout='separate'"
             )
         if self.tie_word_embeddings == "all" and encoder.hidden_size != decoder.hidden_size:
             raise ValueError(
@@ -198,12 +208,13 @@ class EncoderDecoderConfig(Config):
                 f"{decoder.hidden_size}; set tie_word_embeddings to 'decoder' or 'none'"
             )
         if self.tie_stacks and (
-            self.layout != "merged" or encoder != decoder or self.tie_word_embeddings == "decoder"
+            self.layout != "merged" or has_own or encoder != decoder or self.tie_word_embeddings == "decoder"
         ):
             raise ValueError(
-                "tie_stacks makes one stack of both, so it needs layout='merged', equal stacks and tie_word_embeddings "
-                f"'all' or 'none', got layout={self.layout!r}, {'equal' if encoder == decoder else 'unequal'} stacks "
-                f"and {self.tie_word_embeddings!r}"
+                "tie_stacks makes one stack of both, so it needs layout='merged', source_projections='shared', equal "
+                f"stacks and tie_word_embeddings 'all' or 'none', got layout={self.layout!r}, source_projections="
+                f"{self.source_projections!r}, {'equal' if encoder == decoder else 'unequal'} stacks and "
+                f"{self.tie_word_embeddings!r}"
             )
         if (self.reads == "aligned") != (self.aligned_layers is not None):
             raise ValueError(

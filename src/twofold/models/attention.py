@@ -194,9 +194,11 @@ class Attention(nn.Module):
         config: the stack this layer belongs to; its heads, biases, q/k norm, scale and soft-cap.
         memory_size: E, the width of what keys and values are made from. `config.hidden_size` except in
             cross-attention to an encoder of another width.
+        source_size: merged attention with projections of its own for the source: the encoder's width. None: it has
+            none.
     """
 
-    def __init__(self, config: StackConfig, memory_size: int) -> None:
+    def __init__(self, config: StackConfig, memory_size: int, *, source_size: int | None = None) -> None:
         super().__init__()
         d_model, head_dim = config.hidden_size, config.head_dim
         self.n_heads, self.n_kv_heads = config.num_attention_heads, config.num_key_value_heads
@@ -208,6 +210,11 @@ class Attention(nn.Module):
         self.q_proj = nn.Linear(d_model, self.n_heads * head_dim, bias=config.qkv_bias)
         self.k_proj = nn.Linear(memory_size, self.n_kv_heads * head_dim, bias=config.qkv_bias)
         self.v_proj = nn.Linear(memory_size, self.n_kv_heads * head_dim, bias=config.qkv_bias)
+        self.has_source_projections = source_size is not None
+        if source_size is not None:
+            # Always with biases: a fit between two streams has an intercept.
+            self.source_k_proj = nn.Linear(source_size, self.n_kv_heads * head_dim)
+            self.source_v_proj = nn.Linear(source_size, self.n_kv_heads * head_dim)
         self.o_proj = nn.Linear(self.n_heads * head_dim, d_model, bias=config.output_bias)
         self.q_norm = RMSNorm(head_dim, config) if config.qk_norm else None
         self.k_norm = RMSNorm(head_dim, config) if config.qk_norm else None
@@ -221,8 +228,18 @@ class Attention(nn.Module):
 
     def keys_values(self, x_BSE: Tensor, rope: RopeTables | None) -> KeyValues:
         """Two of [B, K, S, H]: projected; keys normed and rotated as queries are."""
-        k_BKSH = self.k_proj(x_BSE).unflatten(-1, (self.n_kv_heads, self.head_dim)).transpose(1, 2)
-        v_BKSH = self.v_proj(x_BSE).unflatten(-1, (self.n_kv_heads, self.head_dim)).transpose(1, 2)
+        return self._keys_values(self.k_proj(x_BSE), self.v_proj(x_BSE), rope)
+
+    def source_keys_values(self, x_BSE: Tensor, rope: RopeTables | None) -> KeyValues:
+        """The same of the source, through projections of its own where there are any."""
+        if not self.has_source_projections:
+            return self.keys_values(x_BSE, rope)
+        return self._keys_values(self.source_k_proj(x_BSE), self.source_v_proj(x_BSE), rope)
+
+    def _keys_values(self, k_BSP: Tensor, v_BSP: Tensor, rope: RopeTables | None) -> KeyValues:
+        """Of all heads in a row, P = K H, to [B, K, S, H]."""
+        heads = (*k_BSP.shape[:2], self.n_kv_heads, self.head_dim)
+        k_BKSH, v_BKSH = k_BSP.reshape(heads).transpose(1, 2), v_BSP.reshape(heads).transpose(1, 2)
         if self.k_norm is not None:
             k_BKSH = self.k_norm(k_BKSH)
         return KeyValues(k_BKSH if rope is None else rotate(k_BKSH, rope), v_BKSH)

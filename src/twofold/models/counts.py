@@ -11,8 +11,8 @@ def parameter_counts(config: EncoderDecoderConfig) -> dict[str, int]:
 
     Returns:
         `embeddings` (tables, an untied LM head, `eoi_embedding`), `encoder` and `decoder` without embeddings and
-        without `cross_attention` (its four projections; the norms around it count as decoder, as in the
-        published totals), and `total`.
+        without `cross_attention` (its four projections, or those that a merged layer has for the source; the norms
+        around it count as decoder, as in the published totals), and `total`.
     """
     with torch.device("meta"):
         model = EncoderDecoder(config)
@@ -20,7 +20,7 @@ def parameter_counts(config: EncoderDecoderConfig) -> dict[str, int]:
     for name, parameter in model.named_parameters():
         if "embed_tokens" in name or "lm_head" in name:
             part = "embeddings"
-        elif ".cross_attn." in name:
+        elif ".cross_attn." in name or ".source_" in name:
             part = "cross_attention"
         else:
             part = "encoder" if name.startswith("model.encoder.") else "decoder"

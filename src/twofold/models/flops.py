@@ -9,7 +9,7 @@ With n source and m target tokens, weights W of the linear layers, and N heads o
 
     encoder          2 W_enc n
     decoder          2 W_dec m                   without cross-attention
-    cross_attention  2 W_q,o m + 2 W_k,v n       its four projections; merged: the decoder's own k and v
+    cross_attention  2 W_q,o m + 2 W_k,v n       its four projections; merged: k and v of the source
     attention        4 N H (visible pairs)       scores and values, summed over layers
     lm_head          2 V D (scored)
 

@@ -47,9 +47,9 @@ class EncoderOutput:
 class Block(nn.Module):
     """What encoder and decoder blocks share: self-attention, MLP, and the norms around them."""
 
-    def __init__(self, config: StackConfig) -> None:
+    def __init__(self, config: StackConfig, *, source_size: int | None = None) -> None:
         super().__init__()
-        self.self_attn = Attention(config, memory_size=config.hidden_size)
+        self.self_attn = Attention(config, memory_size=config.hidden_size, source_size=source_size)
         self.pre_self_attn_layernorm = RMSNorm(config.hidden_size, config)
         self.post_self_attn_layernorm = _post_norm(config)
         self.mlp = GatedMLP(config)
@@ -99,8 +99,10 @@ class DecoderView:
 class DecoderBlock(Block):
     """Self-attention, attention to the source (a sub-layer of its own, or merged into the first), MLP."""
 
-    def __init__(self, config: StackConfig, *, is_merged: bool, memory_size: int) -> None:
-        super().__init__(config)
+    def __init__(
+        self, config: StackConfig, *, is_merged: bool, memory_size: int, has_source_projections: bool
+    ) -> None:
+        super().__init__(config, source_size=memory_size if has_source_projections else None)
         self.is_merged = is_merged
         if not is_merged:
             self.cross_attn = Attention(config, memory_size=memory_size)
@@ -117,7 +119,7 @@ class DecoderBlock(Block):
         own = self.self_attn.keys_values(read, view.rope)
         if past is None:
             reader = self.self_attn if self.is_merged else self.cross_attn
-            source = reader.keys_values(memory_BSE, view.source_rope)
+            source = reader.source_keys_values(memory_BSE, view.source_rope)
         else:
             own, source = past.own.followed_by(own), past.source
         attended = self.self_attn(q, source.followed_by(own) if self.is_merged else own, view.self_mask)
@@ -193,7 +195,12 @@ class Decoder(Stack):
     def __init__(self, config: EncoderDecoderConfig) -> None:
         is_merged = config.layout == "merged"
         blocks = (
-            DecoderBlock(config.decoder, is_merged=is_merged, memory_size=config.encoder.hidden_size)
+            DecoderBlock(
+                config.decoder,
+                is_merged=is_merged,
+                memory_size=config.encoder.hidden_size,
+                has_source_projections=config.source_projections == "own",
+            )
             for _ in range(config.decoder.num_hidden_layers)
         )
         super().__init__(config.decoder, blocks, config.eoi_token_id)

@@ -92,7 +92,7 @@ def differences(
         wanted: fields of the pair and the values they must have.
         wanted_of_stacks: the same for both stacks, beside what both families share.
     """
-    found = _unequal(config, wanted)
+    found = _unequal(config, {"source_projections": "shared", **wanted})
     if set(config.encoder_mask) != {"bidirectional"}:
         found.append(f"encoder_mask has {sorted(set(config.encoder_mask))}, not only 'bidirectional'")
     if config.tie_stacks:
