@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -16,6 +16,7 @@ from twofold.adapt.depth import DepthChoice, choose_decoder_layers
 from twofold.adapt.initialise import Donor, initialise, unused_tensors
 from twofold.adapt.plan import Choices, MaskChoice, Plan, PlannedTensor, Side, Start, plan_adaptation
 from twofold.adapt.profile import Profile, profile_encoder
+from twofold.adapt.stitch import Stitch, stitch
 from twofold.checkpoint import Checkpoint, copy_tokenizer, resolve, same_tokenizer
 from twofold.checkpoint.save import CheckpointWriter
 from twofold.models import EncoderDecoder
@@ -29,6 +30,9 @@ Profiler = Callable[[EncoderDecoder], Profile]
 
 DepthChooser = Callable[[EncoderDecoder, int], DepthChoice]
 """What `decoder_depth` asks."""
+
+Stitcher = Callable[[EncoderDecoder], Stitch]
+"""What `start="stitched"` asks."""
 
 
 def adapt(
@@ -50,6 +54,7 @@ def adapt(
     output_scale: float = 0.1,
     profile: Profiler = profile_encoder,
     choose: DepthChooser = choose_decoder_layers,
+    stitcher: Stitcher = stitch,
     dtype: torch.dtype | None = None,
     seed: int = 0,
 ) -> EncoderDecoder:
@@ -60,7 +65,8 @@ def adapt(
         decoder: donor of the decoder. None: the encoder's donor, a balanced pair.
         start: how the two halves meet at first; see `adapt.plan`.
         encoder_mask: one for all layers or one per layer. Default: `bidirectional`; for the lossless start `causal`,
-            which keeps the pair equal to its donor until a `sink` or `bidirectional` mask is chosen. `auto`, for the
+            which keeps the pair equal to its donor until a `sink` or `bidirectional` mask is chosen; so, too, for the
+            stitched start, which fits to the masks there are. `auto`, for the
             lossless start: opens the layers that `profile` finds to cost next to nothing; the rest stays causal.
         encoder_layers: donor layers that the encoder keeps; default all.
         decoder_layers: donor layers that the decoder keeps; default all.
@@ -76,6 +82,7 @@ def adapt(
         profile: for `encoder_mask="auto"`; give `functools.partial(profile_encoder, texts=..., budget=...)` for texts
             of your own, or another budget.
         choose: for `decoder_depth`, likewise.
+        stitcher: for `start="stitched"`, likewise; see `adapt.stitch.stitch`.
         dtype: of all parameters; default: that of the decoder donor (float32 where it is quantised).
         seed: of random parameters.
 
@@ -102,19 +109,24 @@ def adapt(
         tie_stacks=tie_stacks,
         output_scale=output_scale,
     )
-    choices, findings = settle(
-        encoder, decoder, choices, profile=profile, choose=choose, dtype=dtype, seed=seed
+    choices, findings, fitted = settle(
+        encoder, decoder, choices, profile=profile, choose=choose, stitcher=stitcher, dtype=dtype, seed=seed
     )
-    model = _in_memory(encoder, decoder, choices, dtype, seed)
+    model = _in_memory(encoder, decoder, choices, dtype, seed, fitted)
     assert model.adaptation is not None
     model.adaptation |= findings
     return model
 
 
 def _in_memory(
-    encoder: str | Path, decoder: str | Path | None, choices: Choices, dtype: torch.dtype | None, seed: int
+    encoder: str | Path,
+    decoder: str | Path | None,
+    choices: Choices,
+    dtype: torch.dtype | None,
+    seed: int,
+    fitted: Mapping[str, torch.Tensor] | None = None,
 ) -> EncoderDecoder:
-    with open_adaptation(encoder, decoder, choices, dtype, seed) as adaptation:
+    with open_adaptation(encoder, decoder, choices, dtype, seed, fitted) as adaptation:
         with torch.device("meta"):
             model = EncoderDecoder(adaptation.plan.config)
         state = {planned.name: tensor for planned, tensor in adaptation.tensors()}
@@ -126,6 +138,17 @@ def _in_memory(
     return model.requires_grad_(True).eval()
 
 
+class Settled(NamedTuple):
+    """What measurement and fits leave to do."""
+
+    choices: Choices
+    """With masks and layers by name."""
+    findings: dict[str, Any]
+    """For the report: `profile`, `depth`, `stitch`."""
+    fitted: Mapping[str, torch.Tensor] | None
+    """Tensors by the names of the pair's parameters; None where the start fits none."""
+
+
 def settle(
     encoder: str | Path,
     decoder: str | Path | None,
@@ -133,21 +156,22 @@ def settle(
     *,
     profile: Profiler = profile_encoder,
     choose: DepthChooser = choose_decoder_layers,
+    stitcher: Stitcher = stitch,
     dtype: torch.dtype | None = None,
     seed: int = 0,
-) -> tuple[Choices, dict[str, Any]]:
-    """Replace what choices leave to measurement (`encoder_mask="auto"`, `decoder_depth`) by what is found on the pair,
-    which is held in memory for it.
-
-    Returns:
-        Choices with masks and layers by name, and the findings for the report: `profile`, `depth`.
+) -> Settled:
+    """Replace what choices leave to measurement (`encoder_mask="auto"`, `decoder_depth`) or to a fit (`stitched`) by
+    what is found on the pair, which is held in memory for it.
 
     Raises:
-        ValueError, FileNotFoundError: see `adapt`, `profile_encoder`, `choose_decoder_layers`.
+        ValueError, FileNotFoundError: see `adapt`, `profile_encoder`, `choose_decoder_layers`, `stitch`.
     """
+    if choices.start == "stitched":
+        stitched = stitcher(_in_memory(encoder, decoder, choices, dtype, seed))
+        return Settled(choices, {"stitch": stitched.as_json()}, stitched.projections)
     is_auto = choices.encoder_mask == "auto"
     if not is_auto and choices.decoder_depth is None:
-        return choices, {}
+        return Settled(choices, {}, None)
     mask = "causal" if is_auto else choices.encoder_mask
     model = _in_memory(encoder, decoder, replace(choices, encoder_mask=mask, decoder_depth=None), dtype, seed)
     findings: dict[str, Any] = {}
@@ -167,7 +191,7 @@ def settle(
             decoder_layers=tuple(whole[i] for i in depth.layers),
             aligned_layers=None if aligned is None else tuple(aligned[i] for i in depth.layers),
         )
-    return choices, findings
+    return Settled(choices, findings, None)
 
 
 def adapt_to_folder(
@@ -182,12 +206,13 @@ def adapt_to_folder(
     watch: Callable[[Iterator[Initialised], Plan], Iterable[Initialised]] = lambda tensors, plan: tensors,
     profile: Profiler = profile_encoder,
     choose: DepthChooser = choose_decoder_layers,
+    stitcher: Stitcher = stitch,
 ) -> dict[str, Any]:
     """Make an encoder-decoder checkpoint, tensor by tensor, without ever holding a model in memory.
 
     Writes config.json, model.safetensors (or shards), the tokenizer, and adaptation.json, which names for each
-    tensor its source, rule and shape. Peak memory is that of the largest tensor; with `encoder_mask="auto"` or a
-    `decoder_depth` that of the pair, which is measured in memory first.
+    tensor its source, rule and shape. Peak memory is that of the largest tensor; with `encoder_mask="auto"`, a
+    `decoder_depth` or `start="stitched"` that of the pair, which is measured or fitted in memory first.
 
     Args:
         out: a folder that does not exist yet, unless `overwrite`.
@@ -203,10 +228,17 @@ def adapt_to_folder(
     """
     with CheckpointWriter(out, overwrite=overwrite) as writer, ExitStack() as stack:
         # After the writer has found its place free: measuring takes minutes.
-        choices, findings = settle(
-            encoder, decoder, choices, profile=profile, choose=choose, dtype=dtype, seed=seed
+        choices, findings, fitted = settle(
+            encoder,
+            decoder,
+            choices,
+            profile=profile,
+            choose=choose,
+            stitcher=stitcher,
+            dtype=dtype,
+            seed=seed,
         )
-        job = stack.enter_context(open_adaptation(encoder, decoder, choices, dtype, seed))
+        job = stack.enter_context(open_adaptation(encoder, decoder, choices, dtype, seed, fitted))
         tensors = watch(job.tensors(), job.plan)
         writer.write_config(job.plan.config)
         writer.write_tensors(
@@ -230,10 +262,12 @@ class Adaptation:
     dtype: torch.dtype
     """Of all parameters of the pair."""
     seed: int
+    fitted: Mapping[str, torch.Tensor] | None = None
+    """See `initialise`."""
 
     def tensors(self) -> Iterator[Initialised]:
         """The pair's parameters, one by one."""
-        return initialise(self.plan, self.donors, dtype=self.dtype, seed=self.seed)
+        return initialise(self.plan, self.donors, dtype=self.dtype, seed=self.seed, fitted=self.fitted)
 
     def report(self) -> dict[str, Any]:
         """What adaptation.json says: for each tensor where it came from."""
@@ -263,6 +297,8 @@ class Adaptation:
 
 def _cross_attention_start(plan: Plan) -> str:
     kinds = {t.rule.kind for t in plan.tensors if ".cross_attn." in t.name}
+    if plan.config.source_projections == "own":
+        return "merged into self-attention, projections of its own for the source: fitted in closed form"
     if not kinds:
         return "merged into self-attention: no parameters of its own"
     return "random: train it alone first" if "normal" in kinds else "copied from self-attention"
@@ -275,11 +311,13 @@ def open_adaptation(
     choices: Choices,
     dtype: torch.dtype | None,
     seed: int,
+    fitted: Mapping[str, torch.Tensor] | None = None,
 ) -> Iterator[Adaptation]:
     """Open one or two donors and plan their pair. The donors are closed on leaving.
 
     Args:
         dtype: None: that of the decoder donor.
+        fitted: see `initialise`.
         The others are as for `adapt`.
 
     Raises:
@@ -311,7 +349,7 @@ def open_adaptation(
             side: Donor(sources[side], donor_family(c.config), configs[side])
             for side, c in checkpoints.items()
         }
-        yield Adaptation(plan, checkpoints, donors, tokenizer, dtype or donors["decoder"].dtype, seed)
+        yield Adaptation(plan, checkpoints, donors, tokenizer, dtype or donors["decoder"].dtype, seed, fitted)
 
 
 def _adds_bos(tokenizer: Any, bos_token_id: int | None) -> bool:

@@ -63,17 +63,28 @@ class Donor:
 
 
 def initialise(
-    plan: Plan, donors: Mapping[Side, Donor], *, dtype: torch.dtype, seed: int
+    plan: Plan,
+    donors: Mapping[Side, Donor],
+    *,
+    dtype: torch.dtype,
+    seed: int,
+    fitted: Mapping[str, Tensor] | None = None,
 ) -> Iterator[tuple[PlannedTensor, Tensor]]:
     """Make the pair's parameters in the plan's order, each when it is asked for.
 
     Random ones depend on `seed` and their own name alone, so they are the same in any order.
 
+    Args:
+        fitted: tensors of the rule `fitted` by name. None: they have not been fitted yet, and are zero.
+
     Raises:
         ValueError: a donor tensor is missing or has a shape that the plan does not allow.
     """
     for planned in plan.tensors:
-        tensor = _make(planned, donors, seed)
+        if fitted is not None and planned.rule.kind == "fitted":
+            tensor = fitted[planned.name]
+        else:
+            tensor = _make(planned, donors, seed)
         if tuple(tensor.shape) != planned.shape:
             raise ValueError(
                 f"{planned.name}: donor tensor {planned.rule.donor_name} has shape {list(tensor.shape)}, "
@@ -84,7 +95,7 @@ def initialise(
 
 def _make(planned: PlannedTensor, donors: Mapping[Side, Donor], seed: int) -> Tensor:
     rule = planned.rule
-    if rule.kind == "zeros":
+    if rule.kind in ("zeros", "fitted"):
         return torch.zeros(planned.shape)
     if rule.kind == "normal":
         # One number out of both: the CPU generator uses the low 32 bits of its seed only.

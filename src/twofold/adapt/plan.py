@@ -11,6 +11,8 @@ Starts (design of arXiv 2504.06225 section 3.2, and ours):
     random       the same pair, with random cross-attention whatever the widths
     lossless     one softmax over source and target, each decoder layer reading what encoder layer l reads, RoPE and
                  positions continuing: with a causal encoder the pair computes exactly its donor
+    stitched     the same for two donors of any widths: what makes the source's keys and values is fitted in closed
+                 form on text; see `adapt.stitch`
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from twofold.config import EncoderDecoderConfig, EncoderMask
 from twofold.models import EncoderDecoder
 from twofold.models.families import DonorConfig
 
-Start = Literal["published", "scaled_copy", "random", "lossless"]
+Start = Literal["published", "scaled_copy", "random", "lossless", "stitched"]
 Side = Literal["encoder", "decoder"]
 MaskChoice = EncoderMask | Literal["auto"] | Sequence[EncoderMask]
 """One mask for all layers, one per layer, or `auto`: as open as a profile finds to cost next to nothing."""
@@ -59,6 +61,11 @@ class Choices:
                 "start='scaled_copy' scales the output of a cross-attention sub-layer, which layout='merged' "
                 "does not have; use layout='separate' or start='published'"
             )
+        if self.start == "stitched" and self.layout == "separate":
+            raise ValueError(
+                "start='stitched' fits what the decoder's own attention reads of the source, so layout must be "
+                "'merged', got 'separate'; leave it out"
+            )
         meeting = (self.start, self.layout or "merged", self.reads or "aligned")
         is_measured = self.encoder_mask == "auto" or self.decoder_depth is not None
         if is_measured and meeting != ("lossless", "merged", "aligned"):
@@ -81,10 +88,11 @@ class Choices:
 class Rule:
     """Where one parameter of the pair comes from."""
 
-    kind: Literal["copy", "scaled", "shifted_scale", "fit_rows", "embedding_row", "normal", "zeros"]
+    kind: Literal["copy", "scaled", "shifted_scale", "fit_rows", "embedding_row", "normal", "zeros", "fitted"]
     """`copy`. `scaled`: times `factor`. `shifted_scale`: 1 + w is multiplied by `factor`, for norms that add one.
     `fit_rows`: rows cut off or zeros appended, to the decoder's vocabulary size. `embedding_row`: row `row` times
-    `factor`. `normal`: random with standard deviation `factor`. `zeros`."""
+    `factor`. `normal`: random with standard deviation `factor`. `zeros`. `fitted`: the tensor behind a map that is
+    fitted on text."""
     side: Side | None = None
     """Which donor, for kinds that read one."""
     donor_name: str | None = None
@@ -155,7 +163,8 @@ def plan_config(
     """
     is_balanced = decoder is None
     decoder = decoder or encoder
-    is_lossless = choices.start == "lossless"
+    is_stitched = choices.start == "stitched"
+    is_lossless = choices.start == "lossless" or is_stitched
     encoder_layers, decoder_layers = _layer_subsets(encoder, decoder, choices)
     encoder_stack = encoder.stack.with_layers(encoder_layers)
     decoder_stack = decoder.stack.with_layers(decoder_layers)
@@ -166,8 +175,8 @@ def plan_config(
     if widths[0] != widths[1] and choices.start in ("scaled_copy", "lossless"):
         raise ValueError(
             f"start={choices.start!r} makes encoder keys with the decoder donor's own projections, so both widths "
-            f"must be equal; encoder width {widths[0]} != decoder width {widths[1]}. Use start='random' or "
-            "'published' (random cross-attention, trained alone first)"
+            f"must be equal; encoder width {widths[0]} != decoder width {widths[1]}. Use start='stitched' (fitted "
+            "projections), or 'random' or 'published' (random cross-attention, trained alone first)"
         )
     layout = choices.layout or ("merged" if is_lossless else "separate")
     reads = choices.reads or ("aligned" if is_lossless else "final")
@@ -193,6 +202,7 @@ def plan_config(
         layout=layout,
         reads=reads,
         cross_rope=cross_rope,
+        source_projections="own" if is_stitched else "shared",
         tie_stacks=choices.tie_stacks,
         decoder_positions=restarts,
         aligned_layers=None if aligned is None else tuple(aligned),
@@ -246,7 +256,7 @@ def _masks_per_layer(choices: Choices, n_layers: int) -> tuple[EncoderMask, ...]
         return (mask,) * n_layers
     if mask is None or isinstance(mask, str):
         # A lossless pair is exact only while its encoder is causal; a profile, too, starts from the donor.
-        default: EncoderMask = "causal" if choices.start == "lossless" else "bidirectional"
+        default: EncoderMask = "causal" if choices.start in ("lossless", "stitched") else "bidirectional"
         return (default,) * n_layers
     return tuple(mask)
 
@@ -275,6 +285,10 @@ def _rule_for(
         return Rule("copy", side, rest)
     _, index, rest = rest.split(".", 2)
     donor_layer = (encoder_layers if side == "encoder" else decoder_layers)[int(index)]
+    if ".source_" in rest:
+        name = f"layers.{donor_layer}.{rest.replace('source_', '')}"
+        is_new = rest.endswith("bias") and not decoder.stack.qkv_bias  # the map's intercept alone
+        return Rule("fitted", "decoder", None if is_new else name)
     if "cross_attn" not in rest:
         return Rule("copy", side, f"layers.{donor_layer}.{rest}")
     return _cross_rule(rest, donor_layer, config, choices)

@@ -14,8 +14,9 @@ from rich.progress import track
 from twofold.adapt import Choices, Plan, adapt_to_folder
 from twofold.adapt.adaptation import Initialised
 from twofold.adapt.profile import DEFAULT_BUDGET
+from twofold.adapt.stitch import DEFAULT_TOKENS
 from twofold.cli.console import err, note, print_json
-from twofold.cli.profile import depth_chooser, profile_donor, profiler, read_domains, show
+from twofold.cli.profile import depth_chooser, profile_donor, profiler, read_domains, show, stitcher
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -26,7 +27,9 @@ def adapt_command(
         str | None, typer.Argument(help="Donor of the decoder. Left out: the same donor, a balanced pair.")
     ] = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write.")] = ...,  # type: ignore[assignment]
-    start: Annotated[str, typer.Option(help="published, scaled_copy, random or lossless.")] = "published",
+    start: Annotated[
+        str, typer.Option(help="published, scaled_copy, random, lossless or stitched.")
+    ] = "published",
     encoder_mask: Annotated[
         str | None,
         typer.Option(
@@ -71,13 +74,16 @@ def adapt_command(
     profile_text: Annotated[
         list[str] | None,
         typer.Option(
-            help="A domain to profile on, NAME=PATH (text, JSON lines, .gz); may be repeated. Default: Python's own "
-            "documentation."
+            help="A domain to profile or fit on, NAME=PATH (text, JSON lines, .gz); may be repeated. Default: Python's "
+            "own documentation."
         ),
     ] = None,
     budget: Annotated[
         float, typer.Option(help="Nats per token, on every domain, that open layers may cost together.")
     ] = DEFAULT_BUDGET,
+    stitch_tokens: Annotated[
+        int, typer.Option(help="Tokens of these texts that the stitched start fits and measures on, at most.")
+    ] = DEFAULT_TOKENS,
     overwrite: Annotated[bool, typer.Option(help="Replace OUT if it is there.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = False,
 ) -> None:
@@ -128,6 +134,7 @@ def adapt_command(
         watch=_with_progress,
         profile=measure,
         choose=depth_chooser(domains),
+        stitcher=stitcher(domains, stitch_tokens),
     )
     seconds = time.perf_counter() - started
     summary = {key: report[key] for key in ("start", "num_parameters", "dtype", "cross_attention", "donors")}
@@ -146,12 +153,26 @@ def adapt_command(
         note(
             f"decoder: layers {', '.join(map(str, report['depth']['layers']))} of the pair stay; train it again"
         )
+    if "stitch" in report:
+        note(_explained(report["stitch"]))
     note(f"wrote {out} (adaptation.json says where each tensor comes from)")
 
 
 def _with_progress(tensors: Iterator[Initialised], plan: Plan) -> Iterable[Initialised]:
     label = f"{plan.num_parameters / 1e6:,.0f}M parameters"
     return track(tensors, description=label, total=len(plan.tensors), console=err, transient=True)
+
+
+def _explained(stitched: dict[str, Any]) -> str:
+    layers = stitched["layers"]
+    ranges = [
+        f"{name} {min(layer[name] for layer in layers):.3f} to {max(layer[name] for layer in layers):.3f}"
+        for name in ("keys", "values")
+    ]
+    return (
+        f"fitted on {stitched['tokens']:,} tokens; variance explained on {stitched['held_out_tokens']:,} others, by "
+        f"layer: {', '.join(ranges)}"
+    )
 
 
 def _mask(text: str | None) -> str | list[str] | None:

@@ -8,13 +8,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
-from rich.progress import track
+from rich.progress import Progress, track
 from rich.table import Table
 
 from twofold.adapt import adapt
-from twofold.adapt.adaptation import DepthChooser, Profiler
+from twofold.adapt.adaptation import DepthChooser, Profiler, Stitcher
 from twofold.adapt.depth import Round, choose_decoder_layers
 from twofold.adapt.profile import Opened, Profile, profile_encoder
+from twofold.adapt.stitch import stitch
 from twofold.cli.console import err, note, out
 from twofold.config.data import SourceConfig
 from twofold.data.sources import SourceReader, parse_record
@@ -65,6 +66,19 @@ def depth_chooser(domains: Domains | None) -> DepthChooser:
         yield from track(rounds, description="taking layers out", total=total, console=err, transient=True)
 
     return partial(choose_decoder_layers, texts=domains, watch=watch)
+
+
+def stitcher(domains: Domains | None, tokens: int) -> Stitcher:
+    """The fit of a stitched start over the given domains, with a progress bar."""
+
+    def watch(batches: Iterator[int], total: int) -> Iterator[int]:
+        with Progress(console=err, transient=True) as progress:
+            bar = progress.add_task("fitting", total=total)
+            for n_tokens in batches:
+                progress.advance(bar, n_tokens)
+                yield n_tokens
+
+    return partial(stitch, texts=domains, tokens=tokens, watch=watch)
 
 
 def profile_donor(donor: str, folder: Path, profile: Profiler, *, overwrite: bool) -> Profile:

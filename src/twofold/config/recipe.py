@@ -24,7 +24,7 @@ class AdaptConfig(Config):
 
     encoder: str
     decoder: str | None = None
-    start: Literal["published", "scaled_copy", "random", "lossless"] = "published"
+    start: Literal["published", "scaled_copy", "random", "lossless", "stitched"] = "published"
     encoder_mask: EncoderMask | Literal["auto"] | tuple[EncoderMask, ...] | None = None
     encoder_layers: tuple[int, ...] | None = None
     decoder_layers: tuple[int, ...] | None = None
