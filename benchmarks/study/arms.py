@@ -20,6 +20,10 @@ class Arm:
     opening: Mapping[str, Any] | None = None
     """Of `TrainSettings.opening`; `steps` is a share of the run here."""
     future_weight: float = 1.0
+    cross_warmup: float = 0.0
+    """Share of the run in which cross-attention trains alone."""
+    stitch_tokens: int = 0
+    """That a stitched start fits on."""
     is_random: bool = False
     """All parameters are drawn anew."""
     data: Mapping[str, Any] = field(default_factory=dict)
@@ -30,8 +34,13 @@ def evenly(kept: int, of: int) -> tuple[int, ...]:
     return tuple(round(i * (of - 1) / (kept - 1)) for i in range(kept))
 
 
-def arms(n_layers: int) -> dict[str, Arm]:
-    """By name; `n_layers` of the donor."""
+def arms(n_layers: int, decoder: str | None = None) -> dict[str, Arm]:
+    """By name.
+
+    Args:
+        n_layers: of the donor.
+        decoder: a donor of another width for the decoder; adds arms of pairs of the two.
+    """
     sink = {**LOSSLESS, "encoder_mask": "sink"}
     like_lossless = {"reads": "aligned", "cross_rope": True, "decoder_positions": "continue"}
     aligned = {**like_lossless, "decoder_start": "last_source_token", "encoder_mask": "causal"}
@@ -75,5 +84,22 @@ def arms(n_layers: int) -> dict[str, Arm]:
         layers = evenly(kept, n_layers)
         found[f"decoder {kept}"] = Arm(
             f"sink mask, {kept} decoder layers", {**sink, "decoder_layers": layers}, 1e-4
+        )
+    if decoder is not None:
+        stitched = {"start": "stitched", "decoder": decoder}
+        for thousands in (2, 8, 24):
+            found[f"stitched {thousands}k"] = Arm(
+                f"two donors, source projections fitted on {thousands},000 tokens",
+                stitched,
+                stitch_tokens=1000 * thousands,
+            )
+        found["stitched sink"] = Arm(
+            "the same, fitted under the sink mask", {**stitched, "encoder_mask": "sink"}, stitch_tokens=24_000
+        )
+        found["unequal published"] = Arm(
+            "two donors, published start: random cross-attention, trained alone for a quarter of the run",
+            {"start": "published", "decoder": decoder},
+            2e-4,
+            cross_warmup=0.25,
         )
     return found

@@ -108,8 +108,8 @@ def narrowed(
             f"transformers wants a multiple of the {stack.num_attention_heads} heads as width, got {width}"
         )
     kept_Dd = axes_DD[:, :width]
-    # What is cut away is missing from the mean square; divided by D, as before, instead of by d.
-    gain = (width / size) ** 0.5
+    # The mean square is over D axes, as before, though the sum is over d.
+    gain = (size / width) ** 0.5
 
     def reading(name: str, norm: str) -> Tensor:
         return (weights[name].double() * weights[norm].double()) @ kept_Dd

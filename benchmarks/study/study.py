@@ -3,6 +3,7 @@
     export TWOFOLD_DATA=/path/to/data
     python -m benchmarks.study.study DONOR --part start --out benchmarks/results/study
     python -m benchmarks.study.study DONOR --part train --arm control --arm sink --steps 100 --out ...
+    python -m benchmarks.study.study DONOR --decoder NARROW --part train --arm 'stitched 24k' --out ...
     python -m benchmarks.study.study --part figures --out benchmarks/results/study
 
 `start` measures every arm without training; `train` trains some and measures on the way. Each arm and seed is one
@@ -14,7 +15,8 @@ domains, computed in float32. Differences between arms are paired: every arm is 
 noise given is the standard error over pieces of the difference to the donor's loss (`start`).
 
 The control is the donor itself, trained on the same tokens with the same loss: one stack of weights under a causal
-mask. Without it a drop in loss could be nothing but adaptation to the domain.
+mask. Without it a drop in loss could be nothing but adaptation to the domain. For pairs of two donors, which differ in
+width (`narrow` makes one), it is the decoder's donor.
 """
 
 from __future__ import annotations
@@ -37,6 +39,7 @@ from benchmarks.common import publish, result
 from benchmarks.study.arms import Arm, arms
 from benchmarks.study.text import Texts, batches
 from twofold.adapt.profile import profile_encoder
+from twofold.adapt.stitch import stitch
 from twofold.checkpoint import resolve
 from twofold.config.data import DataConfig, SourceConfig
 from twofold.config.recipe import OptimizerConfig, ScheduleConfig, TrainSettings
@@ -51,6 +54,10 @@ SOURCE_LENGTH = TARGET_LENGTH = 128
 
 PROFILED = 4
 """Pieces of each domain that a profile reads."""
+
+
+STITCHED = 60
+"""Pieces of each domain, of some 350 tokens, that a stitched start fits on, at most."""
 
 
 class Meter:
@@ -90,6 +97,9 @@ def make(donor: str, arm: Arm, texts: Texts, seed: int) -> EncoderDecoder:
     settings = dict(arm.adapt)
     if settings.get("encoder_mask") == "auto":
         settings["profile"] = partial(profile_encoder, texts=texts.pieces("profile", PROFILED))
+    if arm.stitch_tokens:
+        pieces = texts.pieces("train", STITCHED)
+        settings["stitcher"] = partial(stitch, texts=pieces, tokens=arm.stitch_tokens)
     model = twofold.adapt(donor, dtype=torch.float32, seed=seed, **settings)
     if arm.future_weight != 1.0:
         model.set_encoder_mask(model.config.encoder_mask, future_weight=arm.future_weight)
@@ -105,7 +115,8 @@ class Study:
         self.options = options
         self.out: Path = options.out
         donor = resolve(options.donor)
-        self.arms = arms(donor_family(donor.config).read_config(donor.config).stack.num_hidden_layers)
+        n_layers = donor_family(donor.config).read_config(donor.config).stack.num_hidden_layers
+        self.arms = arms(n_layers, options.decoder)
         unknown = [name for name in options.arm if name not in self.arms]
         if unknown:
             raise ValueError(f"unknown arms {unknown}; known are {', '.join(self.arms)}")
@@ -141,6 +152,7 @@ class Study:
             "parameters": sum(p.numel() for p in model.parameters()),
             "encoder_mask": model.config.encoder_mask,
             "profile": (model.adaptation or {}).get("profile"),
+            "stitch": (model.adaptation or {}).get("stitch"),
         }
         metrics = {f"{domain}_loss": mean(values) for domain, values in losses.items()}
         write(file, result(f"study, start of {name}", rounded(metrics), details))
@@ -172,6 +184,7 @@ class Study:
             schedule=ScheduleConfig(warmup_steps=max(1, options.steps // 20), decay="constant"),
             precision=options.precision,
             opening=self._opening(arm),
+            cross_attention_warmup_steps=round(arm.cross_warmup * options.steps),
             seed=seed,
             tensorboard=False,
             device=options.device,
@@ -238,6 +251,7 @@ class Curve(Callback):
             "donor": Path(self._options.donor).name,
             "precision": self._options.precision,
             "is_finished": step == self._options.steps,
+            "stitch": (self._model.adaptation or {}).get("stitch"),
             "curve": self.points,
         }
         metrics = {f"{domain}_loss": value for domain, value in point["loss"].items()}
@@ -269,6 +283,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("donor", nargs="?", help="folder, hub name or GGUF file of a decoder-only model")
+    parser.add_argument("--decoder", help="a donor of the decoder, of another width; adds arms of pairs")
     parser.add_argument("--part", choices=["start", "train", "figures"], required=True)
     parser.add_argument("--arm", action="append", default=[], help="only this one; may be repeated")
     parser.add_argument("--seed", action="append", type=int, default=[], help="may be repeated; default 0")

@@ -105,6 +105,33 @@ def test_profile_and_auto(run, donor_folder, tmp_path):
     assert (config.encoder.num_hidden_layers, config.decoder.num_hidden_layers) == (4, 2)
 
 
+def test_stitched_donors_of_two_widths(run, donor_folder, tmp_path, byte_tokenizer):
+    big = tmp_path / "big"
+    config = llama_config(
+        vocab_size=258, max_position_embeddings=256, bos_token_id=256, eos_token_id=257, hidden_size=48,
+        num_attention_heads=6, num_key_value_heads=3, num_hidden_layers=5,
+    )  # fmt: skip
+    donor(config, seed=1).save_pretrained(big)
+    byte_tokenizer.save_pretrained(big)
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text("".join(json.dumps({"text": f"{n} and {n * n}, " * 30}) + "\n" for n in range(20)))
+    options = ["--start", "stitched", "--profile-text", f"counts={texts}", "--stitch-tokens", "3000"]
+    status, out, err = run("adapt", big, donor_folder, "-o", tmp_path / "pair", *options, "--json")
+    assert status == 0, err
+    assert json.loads(out)["cross_attention"].endswith("fitted in closed form")
+    report = json.loads((tmp_path / "pair" / "adaptation.json").read_text())["stitch"]
+    assert report["tokens"] + report["held_out_tokens"] == 3000
+    status, out, _ = run("inspect", tmp_path / "pair", "--json")
+    assert status == 0
+    assert json.loads(out)["source_projections"] == "own"
+    status, _, err = run("adapt", big, donor_folder, "-o", tmp_path / "again", *options)
+    assert status == 0
+    assert "fitted on 2," in err
+    assert "variance explained" in err
+    prompt = ["generate", tmp_path / "pair", "hello", "--max-new-tokens", "4"]
+    assert run(*prompt)[0] == 0
+
+
 def test_inspect_shows_a_donor_and_a_table(run, donor_folder, tmp_path):
     status, out, _ = run("inspect", donor_folder)
     assert status == 0
