@@ -4,7 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
+
+import torch
+
+import twofold
+from benchmarks.study.text import Texts
+from twofold.adapt.profile import profile_encoder
+from twofold.models import EncoderDecoder
+
+PROFILED = 4
+"""Pieces of each domain that a profile reads."""
 
 LOSSLESS: Mapping[str, Any] = {"start": "lossless"}
 
@@ -77,3 +88,16 @@ def arms(n_layers: int) -> dict[str, Arm]:
             f"sink mask, {kept} decoder layers", {**sink, "decoder_layers": layers}, 1e-4
         )
     return found
+
+
+def make(donor: str, arm: Arm, texts: Texts, seed: int) -> EncoderDecoder:
+    """The arm's pair before training."""
+    settings = dict(arm.adapt)
+    if settings.get("encoder_mask") == "auto":
+        settings["profile"] = partial(profile_encoder, texts=texts.pieces("profile", PROFILED))
+    model = twofold.adapt(donor, dtype=torch.float32, seed=seed, **settings)
+    if arm.future_weight != 1.0:
+        model.set_encoder_mask(model.config.encoder_mask, future_weight=arm.future_weight)
+    if arm.is_random:
+        model.initialise_randomly(seed)
+    return model

@@ -1,13 +1,15 @@
 """How a pair should start: losses before training, and against tokens, of many starts from one donor.
 
     export TWOFOLD_DATA=/path/to/data
-    python -m benchmarks.study.study DONOR --part start --out benchmarks/results/study
+    python -m benchmarks.study.study DONOR --part start --out benchmarks/results/study/smollm2-135m
+    python -m benchmarks.study.study DONOR --part tasks --arm sink --arm "weight 0.1" --out ...
     python -m benchmarks.study.study DONOR --part train --arm control --arm sink --steps 100 --out ...
-    python -m benchmarks.study.study --part figures --out benchmarks/results/study
+    python -m benchmarks.study.study --part figures --out benchmarks/results/study/smollm2-135m
 
-`start` measures every arm without training; `train` trains some and measures on the way. Each arm and seed is one
-file, written when it is done (and, while it trains, at every measurement); what is there is not done again, so a study
-that was stopped goes on with the same command. `figures` draws what is there. The last line printed is one JSON object.
+`start` measures every arm without training, in loss, and `tasks` in answers to multiple choice; `train` trains some
+and measures on the way. Each arm and seed is one file, written when it is done and at every measurement before; what is
+there is not done again, so a study that was stopped goes on with the same command. `figures` draws what is there. The
+last line printed is one JSON object.
 
 All losses are nats per target token of PrefixLM, 128 tokens read and 128 written, over held-out documents of three
 domains, computed in float32. Differences between arms are paired: every arm is measured on the same pieces, and the
@@ -20,23 +22,20 @@ mask. Without it a drop in loss could be nothing but adaptation to the domain.
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import sys
 import tempfile
-import time
 import warnings
-from functools import partial
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
-import twofold
 from benchmarks.common import publish, result
-from benchmarks.study.arms import Arm, arms
+from benchmarks.study.arms import Arm, arms, make
+from benchmarks.study.likelihood import TASKS, log_likelihoods, pick, questions
+from benchmarks.study.results import details_of, differences, mean, noise, rounded, show, slug, write
 from benchmarks.study.text import Texts, batches
-from twofold.adapt.profile import profile_encoder
 from twofold.checkpoint import resolve
 from twofold.config.data import DataConfig, SourceConfig
 from twofold.config.recipe import OptimizerConfig, ScheduleConfig, TrainSettings
@@ -48,9 +47,6 @@ from twofold.train.run import build_loaders
 from twofold.train.step import LossModule, StepResult, batch_loss
 
 SOURCE_LENGTH = TARGET_LENGTH = 128
-
-PROFILED = 4
-"""Pieces of each domain that a profile reads."""
 
 
 class Meter:
@@ -75,29 +71,6 @@ class Meter:
         return found
 
 
-def mean(values: list[float]) -> float:
-    return sum(values) / len(values)
-
-
-def noise(values: list[float]) -> float:
-    """Standard error of the mean."""
-    middle = mean(values)
-    return (sum((x - middle) ** 2 for x in values) / (len(values) - 1) / len(values)) ** 0.5
-
-
-def make(donor: str, arm: Arm, texts: Texts, seed: int) -> EncoderDecoder:
-    """The arm's pair before training."""
-    settings = dict(arm.adapt)
-    if settings.get("encoder_mask") == "auto":
-        settings["profile"] = partial(profile_encoder, texts=texts.pieces("profile", PROFILED))
-    model = twofold.adapt(donor, dtype=torch.float32, seed=seed, **settings)
-    if arm.future_weight != 1.0:
-        model.set_encoder_mask(model.config.encoder_mask, future_weight=arm.future_weight)
-    if arm.is_random:
-        model.initialise_randomly(seed)
-    return model
-
-
 class Study:
     """One donor's arms, and the folder their results lie in."""
 
@@ -117,20 +90,25 @@ class Study:
         """Every arm's loss before training, and its distance to the donor's."""
         metrics = {}
         donor = self._start_of("causal", self.arms["causal"])
-        for name, arm in self.chosen.items():
-            if arm.opening is not None or arm.data:
-                continue  # they start as another arm
+        for name, arm in self._untrained():
             found = self._start_of(name, arm)
             for domain, losses in found["losses"].items():
-                above = [a - b for a, b in zip(losses, donor["losses"][domain], strict=True)]
+                above = differences(losses, donor["losses"][domain], self._file("start", name))
                 metrics[f"{slug(name)}_{domain}_above_donor"] = mean(above)
                 metrics[f"{slug(name)}_{domain}_noise"] = noise(above)
         return metrics
 
+    def _untrained(self) -> Iterator[tuple[str, Arm]]:
+        """The chosen arms but those that start as another one."""
+        return ((n, arm) for n, arm in self.chosen.items() if arm.opening is None and not arm.data)
+
+    def _file(self, part: str, name: str) -> Path:
+        return self.out / f"{part}-{slug(name)}.json"
+
     def _start_of(self, name: str, arm: Arm) -> dict[str, Any]:
-        file = self.out / f"start-{slug(name)}.json"
-        if file.exists():
-            known: dict[str, Any] = json.loads(file.read_text())["details"]
+        file = self._file("start", name)
+        known = details_of(file)
+        if known is not None:
             return known
         model = make(self.options.donor, arm, self.texts, seed=0)
         losses = self.meter.by_piece(model)
@@ -147,6 +125,38 @@ class Study:
         show(f"{name}: {rounded(metrics)}")
         return details
 
+    def tasks(self) -> dict[str, float]:
+        """Accuracy of every arm before training, by likelihood, and its distance to the donor's."""
+        metrics = {}
+        donor = self._tasks_of("causal", self.arms["causal"])
+        for name, arm in self._untrained():
+            for task, correct in self._tasks_of(name, arm)["correct"].items():
+                above = differences(correct, donor["correct"][task], self._file("tasks", name))
+                found = {"accuracy": mean(correct), "accuracy_noise": noise(correct)}
+                found |= {"above_donor": mean(above), "above_donor_noise": noise(above)}
+                metrics |= {f"{slug(name)}_{task}_{what}": value for what, value in found.items()}
+        return metrics
+
+    def _tasks_of(self, name: str, arm: Arm) -> dict[str, Any]:
+        file = self._file("tasks", name)
+        details = details_of(file) or {"arm": name, "says": arm.says, "correct": {}, "log_likelihoods": {}}
+        left = [task for task in TASKS if task not in details["correct"]]
+        if not left:
+            return details
+        model = make(self.options.donor, arm, self.texts, seed=0)
+        for task_name in left:
+            task = TASKS[task_name]
+            asked = questions(task, self.texts.folder, self.options.examples)
+            scores = [log_likelihoods(model, question) for question in asked]
+            picked = [pick(task, *pair) for pair in zip(asked, scores, strict=True)]
+            correct = [float(p == question.answer) for p, question in zip(picked, asked, strict=True)]
+            details["correct"][task_name] = correct
+            details["log_likelihoods"][task_name] = [[round(x, 3) for x in s.tolist()] for s in scores]
+            metrics = {f"{task}_accuracy": mean(values) for task, values in details["correct"].items()}
+            write(file, result(f"study, tasks of {name}", rounded(metrics), details))
+            show(f"{name}: {rounded(metrics)}")
+        return details
+
     def train(self) -> dict[str, float]:
         """Train the chosen arms, one after another."""
         metrics: dict[str, float] = {}
@@ -160,11 +170,10 @@ class Study:
     def _train(self, name: str, arm: Arm, seed: int) -> list[dict[str, Any]]:
         options = self.options
         file = self.out / f"train-{slug(name)}-{options.steps}x{options.rows}-seed{seed}.json"
-        if file.exists():
-            known = json.loads(file.read_text())["details"]
-            if known["is_finished"]:
-                done: list[dict[str, Any]] = known["curve"]
-                return done
+        known = details_of(file)
+        if known is not None and known["is_finished"]:
+            done: list[dict[str, Any]] = known["curve"]
+            return done
         model = make(options.donor, arm, self.texts, seed)
         settings = TrainSettings(
             steps=options.steps,
@@ -245,40 +254,22 @@ class Curve(Callback):
         show(f"{self._name}, step {step}, {self._tokens:,} tokens, {self._seconds:.0f} s: {rounded(metrics)}")
 
 
-def rounded(metrics: dict[str, float]) -> dict[str, float]:
-    return {name: float(f"{value:.5g}") for name, value in metrics.items()}
-
-
-def slug(name: str) -> str:
-    return name.replace(" ", "_").replace(".", "")
-
-
-def write(file: Path, content: dict[str, Any]) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial_file = file.with_suffix(".partial")
-    partial_file.write_text(json.dumps(content) + "\n")
-    partial_file.replace(file)
-
-
-def show(line: str) -> None:
-    print(f"{time.strftime('%H:%M:%S')} {line}", file=sys.stderr, flush=True)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("donor", nargs="?", help="folder, hub name or GGUF file of a decoder-only model")
-    parser.add_argument("--part", choices=["start", "train", "figures"], required=True)
+    parser.add_argument("--part", choices=["start", "tasks", "train", "figures"], required=True)
     parser.add_argument("--arm", action="append", default=[], help="only this one; may be repeated")
     parser.add_argument("--seed", action="append", type=int, default=[], help="may be repeated; default 0")
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--rows", type=int, default=4, help="examples of 128 + 128 tokens in a step")
     parser.add_argument("--measure-every", type=int, default=25)
     parser.add_argument("--pieces", type=int, default=24, help="measured, of each domain")
+    parser.add_argument("--examples", type=int, default=200, help="of each task, the first of its file")
     parser.add_argument("--precision", choices=["float32", "bfloat16"], default="bfloat16")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/study"))
+    parser.add_argument("--out", type=Path, required=True, help="folder of the donor's results")
     options = parser.parse_args()
     options.seed = options.seed or [0]
     if options.part == "figures":
@@ -293,7 +284,7 @@ def main() -> None:
         parser.error("set TWOFOLD_DATA to the folder that holds corpora/")
     warnings.filterwarnings("ignore", message=".*held-out.*")
     study = Study(options)
-    metrics = study.start() if options.part == "start" else study.train()
+    metrics = {"start": study.start, "tasks": study.tasks, "train": study.train}[options.part]()
     publish(result(f"study, {options.part}", rounded(metrics), {"arms": list(study.chosen)}), None)
 
 

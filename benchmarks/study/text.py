@@ -33,6 +33,7 @@ class Texts:
     """One tenth of the documents is measured on, one tenth profiled on, the rest trained on: a hash of each decides."""
 
     def __init__(self, data: Path) -> None:
+        self.folder = data
         self._documents: dict[str, dict[str, list[str]]] = {}
         for domain, name in DOMAINS.items():
             parts: dict[str, list[str]] = {"measure": [], "profile": [], "train": []}
