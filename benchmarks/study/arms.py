@@ -63,6 +63,12 @@ def arms(n_layers: int) -> dict[str, Arm]:
         "future_weight": Arm(
             "opened by a growing weight", LOSSLESS, opening={"kind": "future_weight", "steps": 0.5}
         ),
+        "growing": Arm(
+            "sink mask, later keys count a tenth and more and more",
+            sink,
+            opening={"kind": "future_weight", "steps": 0.5, "lowest_weight": 0.1},
+            future_weight=0.1,
+        ),
         "batches": Arm(
             "opened in a growing share of batches", LOSSLESS, opening={"kind": "batches", "steps": 0.5}
         ),
@@ -82,7 +88,7 @@ def arms(n_layers: int) -> dict[str, Arm]:
             "lossless, sink mask, UL2", sink, data={"objective": {"name": "ul2", "preset": "t5gemma2"}}
         ),
     }
-    for kept in (2 * n_layers // 3, n_layers // 2, n_layers // 3):
+    for kept in (2 * n_layers // 3, n_layers // 2, n_layers // 3, n_layers // 4):
         layers = evenly(kept, n_layers)
         found[f"decoder {kept}"] = Arm(
             f"sink mask, {kept} decoder layers", {**sink, "decoder_layers": layers}, 1e-4

@@ -9,7 +9,7 @@ from __future__ import annotations
 import gzip
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from twofold.data import Convention, collate
-from twofold.data.convention import make_example
+from twofold.data.convention import IGNORE_INDEX, Example, make_example
 from twofold.data.tokenize import encode
 from twofold.models import EncoderDecoder
 from twofold.objectives.pair import Pair
@@ -85,20 +85,27 @@ def questions(task: Task, data: Path, count: int) -> list[Question]:
         return [task.question(json.loads(line)) for line, _ in zip(lines, range(count), strict=False)]
 
 
-@torch.no_grad()
 def log_likelihoods(model: EncoderDecoder, question: Question) -> Tensor:
-    """Of each choice after the context, summed over its tokens, nats; float64 [choices] on the CPU.
-
-    Args:
-        model: in eval mode, with a tokenizer.
-    """
-    convention, device = Convention.of(model.config), next(model.parameters()).device
+    """Of each choice after the context, see `score`."""
+    convention = Convention.of(model.config)
     context = encode(model.tokenizer, question.context)
     examples = []
     for choice in question.choices:
         # Cut from the whole, as a tokenizer may write a word after a space in another way than alone.
         whole = encode(model.tokenizer, f"{question.context} {choice}")
         examples.append(make_example(Pair(context, whole[len(context) :]), convention, ends=False))
+    return score(model, examples)
+
+
+@torch.no_grad()
+def score(model: EncoderDecoder, examples: Sequence[Example]) -> Tensor:
+    """Log-likelihoods of several targets after one source, nats summed over each; float64 [examples] on the CPU.
+
+    Args:
+        model: in eval mode.
+        examples: of the same source, which the encoder reads once.
+    """
+    convention, device = Convention.of(model.config), next(model.parameters()).device
     batch = collate([[example] for example in examples], convention.pad_token_id).to(device)
     read = model.encode(batch.input_ids[:1], segment_ids=batch.segment_ids[:1])
     logits_BTV = model(
@@ -106,7 +113,7 @@ def log_likelihoods(model: EncoderDecoder, question: Question) -> Tensor:
         decoder_segment_ids=batch.decoder_segment_ids,
         encoder_output=read.select(torch.zeros(len(examples), dtype=torch.int64, device=device)),
     ).logits
-    is_scored = batch.labels >= 0
+    is_scored = batch.labels != IGNORE_INDEX
     chosen = logits_BTV.log_softmax(-1).gather(2, batch.labels.clamp(min=0)[:, :, None])[:, :, 0]
     return torch.where(is_scored, chosen, 0.0).double().sum(dim=1).cpu()
 

@@ -4,12 +4,13 @@
     python -m benchmarks.study.study DONOR --part start --out benchmarks/results/study/smollm2-135m
     python -m benchmarks.study.study DONOR --part tasks --arm sink --arm "weight 0.1" --out ...
     python -m benchmarks.study.study DONOR --part train --arm control --arm sink --steps 100 --out ...
+    python -m benchmarks.study.study DONOR --part tune --arm sink --steps 40 --examples 100 --out ...
     python -m benchmarks.study.study --part figures --out benchmarks/results/study/smollm2-135m
 
-`start` measures every arm without training, in loss, and `tasks` in answers to multiple choice; `train` trains some
-and measures on the way. Each arm and seed is one file, written when it is done and at every measurement before; what is
-there is not done again, so a study that was stopped goes on with the same command. `figures` draws what is there. The
-last line printed is one JSON object.
+`start` measures every arm without training, in loss, and `tasks` in answers to multiple choice; `train` trains some and
+measures on the way; `tune` fine-tunes some on prompts and answers. Each arm and seed is one file, written when it is
+done and at every measurement before; what is there is not done again, so a study that was stopped goes on with the same
+command. `figures` draws what is there. The last line printed is one JSON object.
 
 All losses are nats per target token of PrefixLM, 128 tokens read and 128 written, over held-out documents of three
 domains, computed in float32. Differences between arms are paired: every arm is measured on the same pieces, and the
@@ -36,6 +37,7 @@ from benchmarks.study.arms import Arm, arms, make
 from benchmarks.study.likelihood import TASKS, log_likelihoods, pick, questions
 from benchmarks.study.results import details_of, differences, mean, noise, rounded, show, slug, write
 from benchmarks.study.text import Texts, batches
+from benchmarks.study.tune import GROUPS, held_out, measure, tune
 from twofold.checkpoint import resolve
 from twofold.config.data import DataConfig, SourceConfig
 from twofold.config.recipe import OptimizerConfig, ScheduleConfig, TrainSettings
@@ -130,7 +132,9 @@ class Study:
         metrics = {}
         donor = self._tasks_of("causal", self.arms["causal"])
         for name, arm in self._untrained():
-            for task, correct in self._tasks_of(name, arm)["correct"].items():
+            answers = self._tasks_of(name, arm)["correct"]
+            for task in self.options.task:
+                correct = answers[task]
                 above = differences(correct, donor["correct"][task], self._file("tasks", name))
                 found = {"accuracy": mean(correct), "accuracy_noise": noise(correct)}
                 found |= {"above_donor": mean(above), "above_donor_noise": noise(above)}
@@ -140,18 +144,19 @@ class Study:
     def _tasks_of(self, name: str, arm: Arm) -> dict[str, Any]:
         file = self._file("tasks", name)
         details = details_of(file) or {"arm": name, "says": arm.says, "correct": {}, "log_likelihoods": {}}
-        left = [task for task in TASKS if task not in details["correct"]]
+        count = self.options.examples
+        left = [task for task in self.options.task if len(details["correct"].get(task, [])) < count]
         if not left:
             return details
         model = make(self.options.donor, arm, self.texts, seed=0)
         for task_name in left:
             task = TASKS[task_name]
-            asked = questions(task, self.texts.folder, self.options.examples)
-            scores = [log_likelihoods(model, question) for question in asked]
-            picked = [pick(task, *pair) for pair in zip(asked, scores, strict=True)]
-            correct = [float(p == question.answer) for p, question in zip(picked, asked, strict=True)]
-            details["correct"][task_name] = correct
-            details["log_likelihoods"][task_name] = [[round(x, 3) for x in s.tolist()] for s in scores]
+            correct: list[float] = details["correct"].setdefault(task_name, [])
+            scores: list[list[float]] = details["log_likelihoods"].setdefault(task_name, [])
+            for question in questions(task, self.texts.folder, count)[len(correct) :]:
+                found = log_likelihoods(model, question)
+                correct.append(float(pick(task, question, found) == question.answer))
+                scores.append([round(x, 3) for x in found.tolist()])
             metrics = {f"{task}_accuracy": mean(values) for task, values in details["correct"].items()}
             write(file, result(f"study, tasks of {name}", rounded(metrics), details))
             show(f"{name}: {rounded(metrics)}")
@@ -174,17 +179,7 @@ class Study:
         if known is not None and known["is_finished"]:
             done: list[dict[str, Any]] = known["curve"]
             return done
-        model = make(options.donor, arm, self.texts, seed)
-        settings = TrainSettings(
-            steps=options.steps,
-            optimizer=OptimizerConfig(learning_rate=arm.learning_rate),
-            schedule=ScheduleConfig(warmup_steps=max(1, options.steps // 20), decay="constant"),
-            precision=options.precision,
-            opening=self._opening(arm),
-            seed=seed,
-            tensorboard=False,
-            device=options.device,
-        )
+        model, settings = make(options.donor, arm, self.texts, seed), self._settings(arm, seed)
         with tempfile.TemporaryDirectory() as folder:
             files = self.texts.write_training_files(Path(folder))
             data = DataConfig(
@@ -201,10 +196,68 @@ class Study:
             fit(model, loader, None, settings, Path(folder) / "run", [curve])
         return curve.points
 
-    def _opening(self, arm: Arm) -> dict[str, Any] | None:
-        if arm.opening is None:
-            return None
-        return {**arm.opening, "steps": max(1, round(arm.opening["steps"] * self.options.steps))}
+    def _settings(self, arm: Arm, seed: int) -> TrainSettings:
+        options, opening = self.options, arm.opening
+        if opening is not None:
+            opening = {**opening, "steps": max(1, round(opening["steps"] * options.steps))}
+        return TrainSettings(
+            steps=options.steps,
+            optimizer=OptimizerConfig(learning_rate=arm.learning_rate),
+            schedule=ScheduleConfig(warmup_steps=max(1, options.steps // 20), decay="constant"),
+            precision=options.precision,
+            opening=opening,
+            seed=seed,
+            tensorboard=False,
+            device=options.device,
+        )
+
+    def tune(self) -> dict[str, float]:
+        """Fine-tune the chosen arms on each group; held-out loss and, paired, its distance to the control's."""
+        metrics: dict[str, float] = {}
+        for name in self.options.group:
+            for seed in self.options.seed:
+                control = self._tune("control", name, seed)
+                for arm in self.chosen:
+                    found = self._tune(arm, name, seed)
+                    file = self._tune_file(arm, name, seed)
+                    start = f"{slug(arm)}_{name}_seed{seed}"
+                    for what in sorted({"loss", "correct"} & set(found["after"])):
+                        above = differences(found["after"][what], control["after"][what], file)
+                        metrics[f"{start}_{what}"] = mean(found["after"][what])
+                        metrics[f"{start}_{what}_above_control"] = mean(above)
+                        metrics[f"{start}_{what}_noise"] = noise(above)
+        return metrics
+
+    def _tune_file(self, arm: str, group: str, seed: int) -> Path:
+        return self.out / f"tune-{group}-{slug(arm)}-{self.options.steps}-seed{seed}.json"
+
+    def _tune(self, name: str, group_name: str, seed: int) -> dict[str, Any]:
+        file = self._tune_file(name, group_name, seed)
+        known = details_of(file)
+        if known is not None:
+            return known
+        arm, group, data = self.arms[name], GROUPS[group_name], self.texts.folder
+        records = held_out(group, data, self.options.examples)
+        model = make(self.options.donor, arm, self.texts, seed)
+        before = measure(model, group, records)
+        watch = tune(model, group, data, self._settings(arm, seed))
+        after = measure(model, group, records)
+        details = {
+            "arm": name,
+            "says": arm.says,
+            "group": group_name,
+            "learning_rate": arm.learning_rate,
+            "precision": self.options.precision,
+            "tokens": watch.tokens,
+            "seconds": round(watch.seconds, 1),
+            "before": before,
+            "after": after,
+        }
+        metrics = {f"{what}_before": mean(values) for what, values in before.items()}
+        metrics |= {f"{what}_after": mean(values) for what, values in after.items()}
+        write(file, result(f"study, fine-tuning of {name}", rounded(metrics), details))
+        show(f"{name}, {group_name}, {watch.tokens:,} tokens, {watch.seconds:.0f} s: {rounded(metrics)}")
+        return details
 
 
 class Curve(Callback):
@@ -259,19 +312,22 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("donor", nargs="?", help="folder, hub name or GGUF file of a decoder-only model")
-    parser.add_argument("--part", choices=["start", "tasks", "train", "figures"], required=True)
+    parser.add_argument("--part", choices=["start", "tasks", "train", "tune", "figures"], required=True)
     parser.add_argument("--arm", action="append", default=[], help="only this one; may be repeated")
     parser.add_argument("--seed", action="append", type=int, default=[], help="may be repeated; default 0")
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--rows", type=int, default=4, help="examples of 128 + 128 tokens in a step")
     parser.add_argument("--measure-every", type=int, default=25)
     parser.add_argument("--pieces", type=int, default=24, help="measured, of each domain")
-    parser.add_argument("--examples", type=int, default=200, help="of each task, the first of its file")
+    parser.add_argument("--task", action="append", choices=TASKS, default=[], help="may be repeated")
+    parser.add_argument("--group", action="append", choices=GROUPS, default=[], help="may be repeated")
+    parser.add_argument("--examples", type=int, default=200, help="of each task or group")
     parser.add_argument("--precision", choices=["float32", "bfloat16"], default="bfloat16")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--out", type=Path, required=True, help="folder of the donor's results")
     options = parser.parse_args()
-    options.seed = options.seed or [0]
+    options.seed, options.task = options.seed or [0], options.task or list(TASKS)
+    options.group = options.group or list(GROUPS)
     if options.part == "figures":
         from benchmarks.study.figures import draw
 
@@ -284,7 +340,9 @@ def main() -> None:
         parser.error("set TWOFOLD_DATA to the folder that holds corpora/")
     warnings.filterwarnings("ignore", message=".*held-out.*")
     study = Study(options)
-    metrics = {"start": study.start, "tasks": study.tasks, "train": study.train}[options.part]()
+    metrics = {"start": study.start, "tasks": study.tasks, "train": study.train, "tune": study.tune}[
+        options.part
+    ]()
     publish(result(f"study, {options.part}", rounded(metrics), {"arms": list(study.chosen)}), None)
 
 

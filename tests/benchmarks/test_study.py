@@ -49,6 +49,6 @@ def test_the_longer_choice_wins_per_character():
 def test_unequal_numbers_of_pieces_are_refused():
     assert differences([3.0, 2.0], [1.0, 2.0], Path("start-sink.json")) == [2.0, 0.0]
     with pytest.raises(
-        ValueError, match="start-sink.json was measured on 2 pieces, the donor beside it on 3"
+        ValueError, match=r"start-sink\.json was measured on 2 pieces, the donor beside it on 3"
     ):
         differences([3.0, 2.0], [1.0, 2.0, 3.0], Path("start-sink.json"))
