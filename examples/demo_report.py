@@ -32,8 +32,8 @@ def write_report(state: dict[str, Any], path: Path) -> Path:
     losses = [
         ("published start, step 0 (cross-attention copied, encoder opened)", state["published"]["loss"]),
         ("the donor, decoder-only", donor["loss"]),
-        ("lossless start, every encoder row but the first opened, step 0", donor["sink_loss"]),
-        (f"the same after {len(train['losses'])} steps", after),
+        (f"lossless start, {state['adapt']['opened']}, step 0", donor["opened_loss"]),
+        (f"the same after {len(train['losses'])} steps, wholly opened on the way", after),
     ]
     rows = "".join(f"<tr><td>{html.escape(n)}</td><td class=number>{v:.3f}</td></tr>" for n, v in losses)
     answers = "".join(

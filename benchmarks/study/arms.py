@@ -17,7 +17,8 @@ from twofold.models import EncoderDecoder
 PROFILED = 4
 """Pieces of each domain that a profile reads."""
 
-LOSSLESS: Mapping[str, Any] = {"start": "lossless"}
+LOSSLESS: Mapping[str, Any] = {"start": "lossless", "encoder_mask": "causal"}
+"""The donor itself, in two stacks; arms say what they change."""
 
 
 @dataclass(frozen=True)
@@ -30,10 +31,18 @@ class Arm:
     learning_rate: float = 5e-5
     opening: Mapping[str, Any] | None = None
     """Of `TrainSettings.opening`; `steps` is a share of the run here."""
-    future_weight: float = 1.0
+    distillation: Mapping[str, Any] | None = None
+    """Of a recipe; the donor is the teacher."""
     is_random: bool = False
     """All parameters are drawn anew."""
     data: Mapping[str, Any] = field(default_factory=dict)
+
+
+KD: Mapping[str, Any] = {"share": 1.0}
+"""The donor's whole distribution instead of the right token."""
+
+KD_HIDDEN: Mapping[str, Any] = {"share": 1.0, "hidden_states": {"weight": 1.0}}
+"""And the donor's hidden states."""
 
 
 def evenly(kept: int, of: int) -> tuple[int, ...]:
@@ -41,9 +50,15 @@ def evenly(kept: int, of: int) -> tuple[int, ...]:
     return tuple(round(i * (of - 1) / (kept - 1)) for i in range(kept))
 
 
-def arms(n_layers: int) -> dict[str, Arm]:
-    """By name; `n_layers` of the donor."""
+def arms(n_layers: int, kept_layers: Mapping[int, tuple[int, ...]]) -> dict[str, Arm]:
+    """By name.
+
+    Args:
+        n_layers: of the donor.
+        kept_layers: decoder layers that were found to be missed most, by their number (`depth`).
+    """
     sink = {**LOSSLESS, "encoder_mask": "sink"}
+    faint = {**sink, "future_weight": 0.1}
     like_lossless = {"reads": "aligned", "cross_rope": True, "decoder_positions": "continue"}
     aligned = {**like_lossless, "decoder_start": "last_source_token", "encoder_mask": "causal"}
     found = {
@@ -55,19 +70,19 @@ def arms(n_layers: int) -> dict[str, Arm]:
             "lossless, opened as far as the profile's budget goes", {**LOSSLESS, "encoder_mask": "auto"}
         ),
         "sink tied": Arm("lossless, sink mask, one stack of weights", {**sink, "tie_stacks": True}),
-        "weight 0.1": Arm("lossless, sink mask, later keys count a tenth", sink, future_weight=0.1),
-        "weight 0.01": Arm("lossless, sink mask, later keys count a hundredth", sink, future_weight=0.01),
+        "weight 0.1": Arm("lossless, sink mask, later keys count a tenth", faint),
+        "weight 0.01": Arm(
+            "lossless, sink mask, later keys count a hundredth", {**sink, "future_weight": 0.01}
+        ),
+        "growing": Arm(
+            "from a tenth of the weight to the whole", faint, opening={"kind": "future_weight", "steps": 0.5}
+        ),
+        "kd": Arm("lossless, sink mask, the donor teaches", sink, distillation=KD),
         "layers": Arm(
             "opened layer by layer from the top", LOSSLESS, opening={"kind": "layers", "steps": 0.5}
         ),
         "future_weight": Arm(
             "opened by a growing weight", LOSSLESS, opening={"kind": "future_weight", "steps": 0.5}
-        ),
-        "growing": Arm(
-            "sink mask, later keys count a tenth and more and more",
-            sink,
-            opening={"kind": "future_weight", "steps": 0.5, "lowest_weight": 0.1},
-            future_weight=0.1,
         ),
         "batches": Arm(
             "opened in a growing share of batches", LOSSLESS, opening={"kind": "batches", "steps": 0.5}
@@ -75,6 +90,15 @@ def arms(n_layers: int) -> dict[str, Arm]:
         "published": Arm("published start: separate, final, copied", {"start": "published"}, 2e-4),
         "scaled copy": Arm(
             "published start, cross-attention's output times 0.1", {"start": "scaled_copy"}, 2e-4
+        ),
+        "published kd": Arm(
+            "published start, the donor teaches", {"start": "published"}, 2e-4, distillation=KD
+        ),
+        "published kd hidden": Arm(
+            "published start, the donor teaches, hidden states too",
+            {"start": "published"},
+            2e-4,
+            distillation=KD_HIDDEN,
         ),
         "merged final": Arm("T5Gemma 2's layout", {"start": "published", "layout": "merged"}, 2e-4),
         "aligned separate": Arm(
@@ -88,11 +112,26 @@ def arms(n_layers: int) -> dict[str, Arm]:
             "lossless, sink mask, UL2", sink, data={"objective": {"name": "ul2", "preset": "t5gemma2"}}
         ),
     }
-    for kept in (2 * n_layers // 3, n_layers // 2, n_layers // 3, n_layers // 4):
-        layers = evenly(kept, n_layers)
-        found[f"decoder {kept}"] = Arm(
-            f"sink mask, {kept} decoder layers", {**sink, "decoder_layers": layers}, 1e-4
+    for kept in (2 * n_layers // 3, n_layers // 2, n_layers // 3):
+        spread = {**faint, "decoder_layers": evenly(kept, n_layers)}
+        found[f"decoder {kept} evenly"] = Arm(
+            f"{kept} decoder layers, evenly spread, the donor teaches", spread, 1e-4, distillation=KD
         )
+    for kept, layers in kept_layers.items():
+        cut = {**faint, "decoder_layers": layers}
+        says = f"{kept} decoder layers, chosen by measurement"
+        found[f"decoder {kept} labels"] = Arm(says, cut, 1e-4)
+        found[f"decoder {kept} logits"] = Arm(f"{says}, the donor teaches", cut, 1e-4, distillation=KD)
+        found[f"decoder {kept}"] = Arm(
+            f"{says}, the donor teaches, hidden states too", cut, 1e-4, distillation=KD_HIDDEN
+        )
+    half = evenly(n_layers // 2, n_layers)
+    found[f"encoder {n_layers // 2}"] = Arm(
+        f"{n_layers // 2} encoder layers, evenly spread, the donor teaches",
+        {**faint, "encoder_layers": half},
+        1e-4,
+        distillation=KD,
+    )
     return found
 
 
@@ -102,8 +141,6 @@ def make(donor: str, arm: Arm, texts: Texts, seed: int) -> EncoderDecoder:
     if settings.get("encoder_mask") == "auto":
         settings["profile"] = partial(profile_encoder, texts=texts.pieces("profile", PROFILED))
     model = twofold.adapt(donor, dtype=torch.float32, seed=seed, **settings)
-    if arm.future_weight != 1.0:
-        model.set_encoder_mask(model.config.encoder_mask, future_weight=arm.future_weight)
     if arm.is_random:
         model.initialise_randomly(seed)
     return model

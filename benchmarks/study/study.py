@@ -33,13 +33,15 @@ from typing import Any
 import torch
 
 from benchmarks.common import publish, result
-from benchmarks.study.arms import Arm, arms, make
+from benchmarks.study.arms import KD_HIDDEN, Arm, arms, make
+from benchmarks.study.depth import kept_layers
 from benchmarks.study.likelihood import TASKS, log_likelihoods, pick, questions
 from benchmarks.study.results import details_of, differences, mean, noise, rounded, show, slug, write
 from benchmarks.study.text import Texts, batches
 from benchmarks.study.tune import GROUPS, held_out, measure, tune
 from twofold.checkpoint import resolve
 from twofold.config.data import DataConfig, SourceConfig
+from twofold.config.distillation import DistillationConfig
 from twofold.config.recipe import OptimizerConfig, ScheduleConfig, TrainSettings
 from twofold.data import Convention
 from twofold.models import EncoderDecoder
@@ -47,6 +49,7 @@ from twofold.models.families import donor_family
 from twofold.train import Callback, fit
 from twofold.train.run import build_loaders
 from twofold.train.step import LossModule, StepResult, batch_loss
+from twofold.train.teacher import Distillation, open_distillation
 
 SOURCE_LENGTH = TARGET_LENGTH = 128
 
@@ -80,7 +83,8 @@ class Study:
         self.options = options
         self.out: Path = options.out
         donor = resolve(options.donor)
-        self.arms = arms(donor_family(donor.config).read_config(donor.config).stack.num_hidden_layers)
+        n_layers = donor_family(donor.config).read_config(donor.config).stack.num_hidden_layers
+        self.arms = arms(n_layers, kept_layers(self.out))
         unknown = [name for name in options.arm if name not in self.arms]
         if unknown:
             raise ValueError(f"unknown arms {unknown}; known are {', '.join(self.arms)}")
@@ -102,7 +106,9 @@ class Study:
 
     def _untrained(self) -> Iterator[tuple[str, Arm]]:
         """The chosen arms but those that start as another one."""
-        return ((n, arm) for n, arm in self.chosen.items() if arm.opening is None and not arm.data)
+        for name, arm in self.chosen.items():
+            if arm.opening is None and not arm.data and arm.distillation in (None, KD_HIDDEN):
+                yield name, arm
 
     def _file(self, part: str, name: str) -> Path:
         return self.out / f"{part}-{slug(name)}.json"
@@ -191,10 +197,24 @@ class Study:
                 seed=seed,
                 **arm.data,
             )
-            loader, _ = build_loaders(data, model)
+            teacher = self._teacher(arm, model)
+            loader, _ = build_loaders(data, model, teaching=None if teacher is None else teacher.teaching)
             curve = Curve(model, self.meter, file, name, arm, options)
-            fit(model, loader, None, settings, Path(folder) / "run", [curve])
+            taught = {} if teacher is None else {"teacher": teacher.teacher, "matching": teacher.matching}
+            fit(model, loader, None, settings, Path(folder) / "run", [curve], **taught)
         return curve.points
+
+    def _teacher(self, arm: Arm, student: EncoderDecoder) -> Distillation | None:
+        if arm.distillation is None:
+            return None
+        return open_distillation(
+            DistillationConfig(teacher=self.options.donor, **arm.distillation),
+            student,
+            pad_multiple=DataConfig.model_fields["pad_multiple"].default,
+            max_raw_length=SOURCE_LENGTH + TARGET_LENGTH,
+            precision=self.options.precision,
+            device=next(student.parameters()).device,
+        )
 
     def _settings(self, arm: Arm, seed: int) -> TrainSettings:
         options, opening = self.options, arm.opening
@@ -237,6 +257,10 @@ class Study:
         if known is not None:
             return known
         arm, group, data = self.arms[name], GROUPS[group_name], self.texts.folder
+        if arm.distillation is not None:
+            raise ValueError(
+                f"fine-tuning is on labels alone, and {name!r} has a teacher; choose another arm"
+            )
         records = held_out(group, data, self.options.examples)
         model = make(self.options.donor, arm, self.texts, seed)
         before = measure(model, group, records)

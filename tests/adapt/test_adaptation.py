@@ -50,7 +50,7 @@ def test_published_start_reads_and_writes_as_its_donor(save_donor):
     """The two checks of the reference that need no training: a causal encoder gives the donor's hidden states; and
     with cross-attention silenced (post-norm weight -1) the decoder alone gives the donor's logits."""
     folder, theirs = save_donor(gemma2_config())
-    model = twofold.adapt(folder, encoder_mask="causal")
+    model = twofold.adapt(folder, start="published", encoder_mask="causal")
     ids = random_ids(2, 12)
     expected = theirs(ids, use_cache=False, output_hidden_states=True)
     assert_same(model.encode(ids).last_hidden_state, expected.hidden_states[-1])
@@ -61,7 +61,7 @@ def test_published_start_reads_and_writes_as_its_donor(save_donor):
 
 def test_published_start_copies_cross_attention_from_the_same_layer(save_donor):
     folder, theirs = save_donor(gemma2_config())
-    model = twofold.adapt(folder)
+    model = twofold.adapt(folder, start="published")
     weights = theirs.state_dict()
     for i, layer in enumerate(model.decoder.layers):
         for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
@@ -76,7 +76,7 @@ def test_published_start_copies_cross_attention_from_the_same_layer(save_donor):
 def test_copies_do_not_share_memory(save_donor):
     """Encoder and decoder come from the same file; training one side must not move the other."""
     folder, _ = save_donor(gemma2_config())
-    model = twofold.adapt(folder)
+    model = twofold.adapt(folder, encoder_mask="causal")
     storages = [p.data_ptr() for p in model.parameters()]
     assert len(set(storages)) == len(storages)
 
@@ -115,7 +115,7 @@ def test_random_start_draws_projections_and_copies_norms(save_donor):
 def test_unbalanced_pair_of_unequal_widths(save_donor):
     big, _ = save_donor(gemma2_config(hidden_size=48, num_attention_heads=6, num_hidden_layers=5), "big")
     small, _ = save_donor(gemma2_config(), "small", seed=1)
-    model = twofold.adapt(big, small)
+    model = twofold.adapt(big, small, start="published")
     assert (model.config.encoder.hidden_size, model.config.decoder.hidden_size) == (48, 32)
     assert model.decoder.layers[0].cross_attn.k_proj.weight.shape == (16, 48)
     assert model.adaptation["cross_attention"].startswith("random")
@@ -161,11 +161,11 @@ def test_tables_of_different_padded_size_are_fitted(save_donor):
     small, _ = save_donor(qwen3_config(), "small")
     for name in (big, small):
         _save_tokenizer(name)
-    model = twofold.adapt(big, small)
+    model = twofold.adapt(big, small, start="published")
     assert model.config.encoder.vocab_size == model.config.decoder.vocab_size == VOCAB
     expected = big_model.state_dict()["model.embed_tokens.weight"][:VOCAB]
     assert torch.equal(model.encoder.embed_tokens.weight, expected)
-    grown = twofold.adapt(small, big)
+    grown = twofold.adapt(small, big, start="published")
     assert grown.encoder.embed_tokens.weight[VOCAB:].abs().max() == 0
 
 
@@ -214,8 +214,8 @@ def test_folder_holds_the_same_model_as_memory(save_donor, tmp_path):
 def test_dtype_is_the_donors_unless_chosen(save_donor, tmp_path):
     folder, theirs = save_donor(gemma2_config())
     theirs.to(torch.bfloat16).save_pretrained(folder)
-    assert {p.dtype for p in twofold.adapt(folder).parameters()} == {torch.bfloat16}
-    chosen = twofold.adapt(folder, dtype=torch.float32)
+    assert {p.dtype for p in twofold.adapt(folder, encoder_mask="causal").parameters()} == {torch.bfloat16}
+    chosen = twofold.adapt(folder, encoder_mask="causal", dtype=torch.float32)
     assert {p.dtype for p in chosen.parameters()} == {torch.float32}
 
 
@@ -225,7 +225,7 @@ def test_gemma3_pair_in_the_published_layout_gets_its_own_eoi_embedding(save_don
 
     monkeypatch.setattr(plan, "EOI_TOKEN_ID", 7)
     folder, theirs = save_donor(DONOR_CONFIGS["gemma3"])
-    model = twofold.adapt(folder, layout="merged")
+    model = twofold.adapt(folder, start="published", layout="merged")
     assert model.config.eoi_token_id == 7
     table = theirs.state_dict()["model.embed_tokens.weight"]
     assert_same(model.encoder.embed_tokens.eoi_embedding.detach(), table[7] * 32**0.5)
@@ -237,9 +237,9 @@ def test_gemma3_pair_in_the_published_layout_gets_its_own_eoi_embedding(save_don
 @pytest.mark.parametrize(
     ("donor", "choices", "expected"),
     [
-        ("gemma3", {"layout": "merged"}, True),  # T5Gemma 2 reads BOS
-        ("gemma3", {}, False),
-        ("gemma2", {}, False),  # T5Gemma does not
+        ("gemma3", {"start": "published", "layout": "merged"}, True),  # T5Gemma 2 reads BOS
+        ("gemma3", {"start": "published"}, False),
+        ("gemma2", {"start": "published"}, False),  # T5Gemma does not
         ("gemma2", {"start": "lossless"}, True),  # the donor does
     ],
 )
@@ -316,7 +316,7 @@ class TestBadInput:
 
     def test_no_bos_for_a_decoder_that_starts_with_one(self, tmp_path, save_donor):
         folder, _ = save_donor(llama_config(bos_token_id=None))
-        self.refuse(tmp_path, ValueError, "decoder_start='bos' needs bos_token_id", folder)
+        self.refuse(tmp_path, ValueError, "decoder_start='bos' needs bos_token_id", folder, start="published")
 
     def test_choices(self):
         with pytest.raises(ValueError, match="start must be one of"):

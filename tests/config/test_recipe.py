@@ -38,6 +38,7 @@ def test_every_recipe_is_valid(path, tmp_path, monkeypatch, recwarn):
             "schedule.warmup_steps=0",
             "cross_attention_warmup_steps=0",
             "average_last=null",
+            "opening=null",
         ]
         assert load_recipe(path, overrides).steps == 2
     assert recipe.data.sources[0].path.startswith(f"{tmp_path}/")
@@ -54,6 +55,7 @@ def test_there_are_recipes():
         "smollm2-prefixlm-kd",
         "smollm2-t5gemma2",
         "smollm2-distill-targets",
+        "smollm2-short-decoder",
         "t5gemma-2b-2b-prefixlm-kd",
         "t5gemma-9b-2b-prefixlm-kd",
         "t5gemma-2b-2b-ul2",

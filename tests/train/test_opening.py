@@ -13,8 +13,8 @@ from twofold.train.opening import Masks, Opening, future_weight, num_open, open_
 CLOSED = ("causal", "causal", "causal")
 
 
-def opening(kind, steps=10, seed=0, masks=CLOSED, **settings):
-    return Opening(OpeningConfig(kind=kind, steps=steps, **settings), Masks(masks), seed)
+def opening(kind, steps=10, seed=0, masks=CLOSED, weight=1.0, **settings):
+    return Opening(OpeningConfig(kind=kind, steps=steps, **settings), Masks(masks, weight), seed)
 
 
 def test_functions_are_exact_at_both_ends():
@@ -46,6 +46,10 @@ def test_layers_open_in_their_order_and_from_the_top_by_default():
 
 def test_a_growing_weight_is_over_all_layers():
     assert opening("future_weight", steps=2, lowest_weight=0.01).after(1) == Masks(("sink",) * 3, 0.1)
+    # Without a lowest weight: from the model's own, so that the first step is no jump.
+    schedule = opening("future_weight", steps=2, masks=("sink",) * 3, weight=0.25)
+    assert [schedule.after(step).future_weight for step in range(3)] == [0.25, 0.5, 1.0]
+    assert opening("future_weight", steps=3).after(2).future_weight == pytest.approx(0.1)
 
 
 def test_batches_open_in_a_growing_share_that_follows_the_seed():

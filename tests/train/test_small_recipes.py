@@ -56,6 +56,14 @@ def test_t5gemma2(tiny, tmp_path):
     assert not norms[0].equal(norms[1])
 
 
+def test_a_short_decoder(tiny, tmp_path):
+    short = ["model.adapt.decoder_depth=1", f"distillation.teacher={tmp_path / 'donor'}", "opening.steps=2"]
+    assert train(load_recipe(FOLDER / "smollm2-short-decoder.yaml", [*tiny, *SHORT, *short])).is_finished
+    config = twofold.load(tmp_path / "run" / "model").config
+    assert (config.encoder.num_hidden_layers, config.decoder.num_hidden_layers) == (2, 1)
+    assert (config.encoder_mask, config.encoder_future_weight) == (("sink", "sink"), 1.0)
+
+
 def test_distillation_from_the_donor_and_from_stored_targets(tiny, tmp_path):
     teacher = f"teacher={tmp_path / 'donor'}"
     kd = [*tiny, *SHORT, f"distillation.{teacher}"]

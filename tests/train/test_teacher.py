@@ -3,16 +3,18 @@
 import pytest
 import torch
 
+from tests.models.tiny import pair_config, stack
 from tests.train.ranks import on_ranks
 from tests.train.tiny_run import BOS, EOS, TEXTS, VOCAB, data_config, recipe
 from tests.train.tiny_teacher import next_token_distributions, save_donor, student
+from twofold.adapt.depth import cut_decoder
 from twofold.checkpoint.save import save
 from twofold.config.distillation import DistillationConfig
 from twofold.data import Convention, Corpus, Loader
 from twofold.train import LossModule, train
 from twofold.train.run import sentinel_ids
 from twofold.train.step import scored_positions
-from twofold.train.teacher import open_distillation
+from twofold.train.teacher import layer_pairs, open_distillation
 
 OBJECTIVES = [
     {"name": "prefix_lm"},
@@ -30,9 +32,9 @@ def donor(request, tmp_path_factory):
     return folder, save_donor(folder, adds_bos=request.param), request.param
 
 
-def distil(model, folder, *, share=1.0, max_raw_length=64):
+def distil(model, folder, *, max_raw_length=64, **settings):
     return open_distillation(
-        DistillationConfig(teacher=str(folder), share=share),
+        DistillationConfig(teacher=str(folder), **settings),
         model,
         pad_multiple=8,
         max_raw_length=max_raw_length,
@@ -196,6 +198,117 @@ def test_an_encoder_decoder_teacher_reads_the_same_batch(tmp_path):
             assert module(batch, scored_positions(batch)).item() == pytest.approx(wanted, rel=1e-5)
 
 
+def distances(own, theirs):
+    """1 - cosine of each position, float64, written out."""
+    own, theirs = own.double(), theirs.double()
+    lengths = own.square().sum(-1).sqrt() * theirs.square().sum(-1).sqrt()
+    return 1 - (own * theirs).sum(-1) / lengths
+
+
+@pytest.mark.parametrize("objective", [OBJECTIVES[1], OBJECTIVES[3], OBJECTIVES[4]], ids=lambda o: o["name"])
+def test_hidden_states_are_drawn_to_those_of_transformers_reading_the_text(donor, objective):
+    folder, reference, adds_bos = donor
+    model = student(decoder_start="last_source_token")
+    hidden = {"weight": 3.0, "layers": [[1, 0], [2, 2], [0, 1]]}
+    distillation = distil(model, folder, hidden_states=hidden)
+    one = loader(model, objective, teaching=distillation.teaching, rows_per_batch=3)
+    module = LossModule(model, teacher=distillation.teacher, matching=distillation.matching).train()
+    plain = LossModule(model, teacher=distillation.teacher).train()
+    with torch.no_grad():
+        added = sum(
+            (module(batch, scored) - plain(batch, scored)).item()
+            for batch in one.one_pass()
+            for scored in [scored_positions(batch)]
+        )
+        wanted = 0.0
+        for example in examples_of(one):
+            raw = example.raw.tokens.tolist()
+            text = torch.tensor([[BOS, *raw] if adds_bos else raw])
+            said = reference(input_ids=text, output_hidden_states=True).hidden_states
+            own = model(
+                input_ids=torch.from_numpy(example.source)[None],
+                attention_mask=torch.ones(1, len(example.source), dtype=torch.bool),
+                decoder_input_ids=torch.from_numpy(example.decoder_input_ids)[None],
+                decoder_attention_mask=torch.ones(1, example.decoder_length, dtype=torch.bool),
+                output_hidden_states=True,
+            ).decoder_hidden_states
+            for position in range(len(example.target)):
+                origin = int(example.raw.origins[position])
+                before = origin + adds_bos - 1
+                if origin < 0 or before < 0:
+                    continue
+                at = len(example.decoder_prefix) - 1 + position
+                for layer, theirs in hidden["layers"]:
+                    wanted += float(distances(own[layer][0, at], said[theirs][0, before]))
+    assert wanted > 0
+    assert added == pytest.approx(3.0 * wanted / 3, rel=1e-4)  # over three layers, three times
+
+
+def test_hidden_states_of_an_encoder_decoder_teacher(tmp_path):
+    teacher, model = student(seed=1), student()
+    save(teacher, tmp_path / "teacher")
+    distillation = distil(model, tmp_path / "teacher", hidden_states={"weight": 0.5})
+    assert distillation.matching.layers == (1, 2)
+    one = loader(model, OBJECTIVES[0])
+    plain = LossModule(model, teacher=distillation.teacher).train()
+    module = LossModule(model, teacher=distillation.teacher, matching=distillation.matching).train()
+    # Dropout is off, so that train mode computes what eval mode does.
+    for batch in one.one_pass():
+        inputs = {
+            name: getattr(batch, name)
+            for name in ("input_ids", "segment_ids", "decoder_input_ids", "decoder_segment_ids")
+        }
+        scored = scored_positions(batch)
+        with torch.no_grad():
+            theirs, own = (
+                m(**inputs, output_hidden_states=True).decoder_hidden_states for m in (teacher, model)
+            )
+            wanted = sum(distances(own[i], theirs[i])[batch.labels >= 0].sum().item() for i in (1, 2))
+            added = (module(batch, scored) - plain(batch, scored)).item()
+        assert added == pytest.approx(0.5 * wanted / 2, rel=1e-4)
+    module(batch, scored).backward()
+    norms = [layer.mlp.up_proj.weight.grad.norm() for layer in model.decoder.layers]
+    model.zero_grad()
+    plain(batch, scored).backward()
+    assert all(
+        (a - layer.mlp.up_proj.weight.grad.norm()).abs() > 1e-3 * a
+        for a, layer in zip(norms, model.decoder.layers, strict=True)
+    )
+    assert not module.eval()(batch, scored).isnan()
+    with torch.no_grad():
+        assert module(batch, scored).item() == pytest.approx(plain.eval()(batch, scored).item(), rel=1e-6)
+
+
+def test_layers_are_matched_where_they_came_from(tmp_path):
+    model = student(layout="merged", reads="aligned", aligned_layers=(0, 1))
+    assert layer_pairs(model.config, 2) == ((1, 1), (2, 2))
+    short = cut_decoder(model, [1])
+    assert layer_pairs(short.config, 2) == ((1, 2),)
+    deep = pair_config(
+        stack(num_hidden_layers=6, layer_types=("full_attention",) * 6),
+        reads="aligned",
+        aligned_layers=(0, 1, 2, 3, 4, 5),
+    )
+    cut = deep.model_copy(
+        update={"decoder": deep.decoder.with_layers((1, 4, 5)), "aligned_layers": (1, 4, 5)}
+    )
+    assert layer_pairs(cut, 6) == ((1, 4), (2, 5), (3, 6))
+    assert layer_pairs(cut, 12) == ((1, 4), (2, 8), (3, 12))  # of another depth: by their share of it
+    final = pair_config(stack(num_hidden_layers=3))
+    assert layer_pairs(final, 6) == ((1, 2), (2, 4), (3, 6))
+
+
+def test_hidden_states_that_cannot_be_matched(tmp_path):
+    save_donor(tmp_path / "donor", hidden_size=64)
+    with pytest.raises(ValueError, match=r"student's decoder has 32 and the teacher 64"):
+        distil(student(), tmp_path / "donor", hidden_states={})
+    save_donor(tmp_path / "equal")
+    with pytest.raises(ValueError, match=r"from 0 to 2 and a teacher's from 0 to 2 .* got \[\(3, 1\)\]"):
+        distil(student(), tmp_path / "equal", hidden_states={"layers": [[1, 1], [3, 1]]})
+    with pytest.raises(ValueError, match=r"got \[\]"):
+        distil(student(), tmp_path / "equal", hidden_states={"layers": []})
+
+
 def test_refused_teachers(tmp_path):
     save_donor(tmp_path / "donor")
     model = student()
@@ -235,6 +348,8 @@ def test_refused_teachers(tmp_path):
         ({}, "neither"),
         ({"teacher": "a", "targets": "b"}, "both"),
         ({"targets": "b", "kind": "decoder"}, "kind"),
+        ({"targets": "b", "hidden_states": {}}, "teacher in the loop"),
+        ({"teacher": "a", "hidden_states": {"weight": 0}}, "weight"),
     ],
 )
 def test_wrong_settings(given, message):
@@ -248,7 +363,8 @@ def distilled(run):
 
 def test_ranks_share_a_teacher(tmp_path):
     save_donor(tmp_path / "donor")
-    run = recipe(tmp_path, distillation={"teacher": str(tmp_path / "donor")}, steps=2)
+    settings = {"teacher": str(tmp_path / "donor"), "hidden_states": {"weight": 2.0}}
+    run = recipe(tmp_path, distillation=settings, steps=2)
     one = train(run.model_copy(update={"output": str(tmp_path / "one")})).losses
     for losses in on_ranks(distilled, 2, run):
         assert losses == pytest.approx(one, rel=1e-5)
@@ -257,7 +373,11 @@ def test_ranks_share_a_teacher(tmp_path):
 def test_a_recipe_with_a_teacher_runs_and_resumes_to_the_same_losses(tmp_path):
     save_donor(tmp_path / "donor")
     constant = {"schedule": {"decay": "constant"}, "steps": 4}
-    settings = {"distillation": {"teacher": str(tmp_path / "donor")}, **constant}
+    hidden_states = {"weight": 0.5}
+    settings = {
+        "distillation": {"teacher": str(tmp_path / "donor"), "hidden_states": hidden_states},
+        **constant,
+    }
     plain = train(recipe(tmp_path, output=str(tmp_path / "plain"), **constant))
     whole = train(recipe(tmp_path, output=str(tmp_path / "whole"), **settings))
     train(recipe(tmp_path, **(settings | {"steps": 2})))

@@ -10,12 +10,14 @@ from tests.train.tiny_run import BOS, EOS, PAD, VOCAB, byte_tokenizer, tiny_mode
 from twofold.models import EncoderDecoder
 
 
-def save_donor(folder: Path, *, adds_bos: bool = False, seed: int = 0) -> transformers.LlamaForCausalLM:
+def save_donor(
+    folder: Path, *, adds_bos: bool = False, hidden_size: int = 32, seed: int = 0
+) -> transformers.LlamaForCausalLM:
     """A Llama with large random weights and the byte tokenizer."""
     torch.manual_seed(seed)
     config = transformers.LlamaConfig(
         vocab_size=VOCAB,
-        hidden_size=32,
+        hidden_size=hidden_size,
         intermediate_size=48,
         num_hidden_layers=2,
         num_attention_heads=4,

@@ -35,8 +35,9 @@ def adapt(
     encoder: str | Path,
     decoder: str | Path | None = None,
     *,
-    start: Start = "published",
+    start: Start = "lossless",
     encoder_mask: MaskChoice | None = None,
+    future_weight: float = 1.0,
     encoder_layers: Sequence[int] | None = None,
     decoder_layers: Sequence[int] | None = None,
     decoder_depth: int | None = None,
@@ -59,9 +60,10 @@ def adapt(
         encoder: donor of the encoder: a folder, a hub name or a GGUF file.
         decoder: donor of the decoder. None: the encoder's donor, a balanced pair.
         start: how the two halves meet at first; see `adapt.plan`.
-        encoder_mask: one for all layers or one per layer. Default: `bidirectional`; for the lossless start `causal`,
-            which keeps the pair equal to its donor until a `sink` or `bidirectional` mask is chosen. `auto`, for the
-            lossless start: opens the layers that `profile` finds to cost next to nothing; the rest stays causal.
+        encoder_mask: one for all layers or one per layer. `auto`, for the lossless start: as open as `profile` finds to
+            cost next to nothing. Default: `auto` for the lossless start, else `bidirectional`. With `causal` a lossless
+            pair equals its donor.
+        future_weight: factor on the attention weight of keys after the query, see `EncoderDecoderConfig`.
         encoder_layers: donor layers that the encoder keeps; default all.
         decoder_layers: donor layers that the decoder keeps; default all.
         decoder_depth: how many of them stay, where measurement is to say which; see `choose_decoder_layers`.
@@ -90,6 +92,7 @@ def adapt(
     choices = Choices(
         start=start,
         encoder_mask=encoder_mask,
+        future_weight=future_weight,
         encoder_layers=encoder_layers,
         decoder_layers=decoder_layers,
         decoder_depth=decoder_depth,
@@ -102,10 +105,11 @@ def adapt(
         tie_stacks=tie_stacks,
         output_scale=output_scale,
     )
-    choices, findings = settle(
-        encoder, decoder, choices, profile=profile, choose=choose, dtype=dtype, seed=seed
+    choices, findings, model = settle(
+        encoder, decoder, choices, profile=profile, choose=choose, dtype=dtype, seed=seed, keeps_pair=True
     )
-    model = _in_memory(encoder, decoder, choices, dtype, seed)
+    if model is None:
+        model = _in_memory(encoder, decoder, choices, dtype, seed)
     assert model.adaptation is not None
     model.adaptation |= findings
     return model
@@ -135,39 +139,66 @@ def settle(
     choose: DepthChooser = choose_decoder_layers,
     dtype: torch.dtype | None = None,
     seed: int = 0,
-) -> tuple[Choices, dict[str, Any]]:
+    keeps_pair: bool = False,
+) -> tuple[Choices, dict[str, Any], EncoderDecoder | None]:
     """Replace what choices leave to measurement (`encoder_mask="auto"`, `decoder_depth`) by what is found on the pair,
     which is held in memory for it.
 
+    Without a tokenizer nothing can be measured: an encoder mask that was not chosen is `causal` then, with a warning.
+
+    Args:
+        keeps_pair: measure the pair as it will be. Otherwise its stacks share one copy of the donor where they can.
+
     Returns:
-        Choices with masks and layers by name, and the findings for the report: `profile`, `depth`.
+        Choices with masks and layers by name; the findings for the report: `profile`, `depth`; and with `keeps_pair`
+        the pair of these choices, where it was made.
 
     Raises:
         ValueError, FileNotFoundError: see `adapt`, `profile_encoder`, `choose_decoder_layers`.
     """
-    is_auto = choices.encoder_mask == "auto"
-    if not is_auto and choices.decoder_depth is None:
-        return choices, {}
-    mask = "causal" if is_auto else choices.encoder_mask
-    model = _in_memory(encoder, decoder, replace(choices, encoder_mask=mask, decoder_depth=None), dtype, seed)
+    if choices.encoder_mask is None and choices.starts_as_donor:
+        has_tokenizer = resolve(encoder if decoder is None else decoder).has_tokenizer
+        if not has_tokenizer:
+            warnings.warn(
+                "the donor has no tokenizer, so how far its encoder can be opened cannot be measured: it stays causal. "
+                "Choose encoder_mask, for example 'sink'",
+                stacklevel=2,
+            )
+        choices = replace(choices, encoder_mask="auto" if has_tokenizer else "causal")
+    is_auto, depth = choices.encoder_mask == "auto", choices.decoder_depth
+    if not is_auto and depth is None:
+        return choices, {}, None
+    measured = replace(
+        choices, encoder_mask="causal" if is_auto else choices.encoder_mask, decoder_depth=None
+    )
+    if (
+        not keeps_pair
+        and depth is None
+        and decoder is None
+        and choices.encoder_layers == choices.decoder_layers
+    ):
+        measured = replace(measured, tie_stacks=True)
+    model = _in_memory(encoder, decoder, measured, dtype, seed)
     findings: dict[str, Any] = {}
     if is_auto:
         found = profile(model)
         findings["profile"] = found.as_json()
-        choices = replace(choices, encoder_mask=found.encoder_mask)
-        model.set_encoder_mask(found.encoder_mask)
-    if choices.decoder_depth is not None:
-        depth = choose(model, choices.decoder_depth)
-        findings["depth"] = depth.as_json()
-        whole = choices.decoder_layers or range(model.config.decoder.num_hidden_layers)
-        aligned = choices.aligned_layers
-        choices = replace(
-            choices,
-            decoder_depth=None,
-            decoder_layers=tuple(whole[i] for i in depth.layers),
-            aligned_layers=None if aligned is None else tuple(aligned[i] for i in depth.layers),
-        )
-    return choices, findings
+        weight = found.chosen.future_weight
+        choices = replace(choices, encoder_mask=found.encoder_mask, future_weight=weight)
+        model.set_encoder_mask(found.encoder_mask, future_weight=weight)
+    if depth is None:
+        return choices, findings, model if keeps_pair else None
+    chosen = choose(model, depth)
+    findings["depth"] = chosen.as_json()
+    whole = choices.decoder_layers or range(model.config.decoder.num_hidden_layers)
+    aligned = choices.aligned_layers
+    choices = replace(
+        choices,
+        decoder_depth=None,
+        decoder_layers=tuple(whole[i] for i in chosen.layers),
+        aligned_layers=None if aligned is None else tuple(aligned[i] for i in chosen.layers),
+    )
+    return choices, findings, None
 
 
 def adapt_to_folder(
@@ -186,8 +217,8 @@ def adapt_to_folder(
     """Make an encoder-decoder checkpoint, tensor by tensor, without ever holding a model in memory.
 
     Writes config.json, model.safetensors (or shards), the tokenizer, and adaptation.json, which names for each
-    tensor its source, rule and shape. Peak memory is that of the largest tensor; with `encoder_mask="auto"` or a
-    `decoder_depth` that of the pair, which is measured in memory first.
+    tensor its source, rule and shape. Peak memory is that of the largest tensor; where the encoder's mask is measured
+    that of the donor, with a `decoder_depth` that of the pair.
 
     Args:
         out: a folder that does not exist yet, unless `overwrite`.
@@ -203,7 +234,7 @@ def adapt_to_folder(
     """
     with CheckpointWriter(out, overwrite=overwrite) as writer, ExitStack() as stack:
         # After the writer has found its place free: measuring takes minutes.
-        choices, findings = settle(
+        choices, findings, _ = settle(
             encoder, decoder, choices, profile=profile, choose=choose, dtype=dtype, seed=seed
         )
         job = stack.enter_context(open_adaptation(encoder, decoder, choices, dtype, seed))

@@ -35,8 +35,11 @@ MaskChoice = EncoderMask | Literal["auto"] | Sequence[EncoderMask]
 class Choices:
     """What a user may choose; None takes the start's own value (see `plan_config`)."""
 
-    start: Start = "published"
+    start: Start = "lossless"
     encoder_mask: MaskChoice | None = None
+    """None: `bidirectional`; in pairs that start as their donor `auto`."""
+    future_weight: float = 1.0
+    """See `EncoderDecoderConfig.encoder_future_weight`; what `encoder_mask="auto"` finds comes in its place."""
     encoder_layers: Sequence[int] | None = None
     decoder_layers: Sequence[int] | None = None
     layout: Literal["separate", "merged"] | None = None
@@ -59,15 +62,19 @@ class Choices:
                 "start='scaled_copy' scales the output of a cross-attention sub-layer, which layout='merged' "
                 "does not have; use layout='separate' or start='published'"
             )
-        meeting = (self.start, self.layout or "merged", self.reads or "aligned")
         is_measured = self.encoder_mask == "auto" or self.decoder_depth is not None
-        if is_measured and meeting != ("lossless", "merged", "aligned"):
+        if is_measured and not self.starts_as_donor:
             raise ValueError(
                 "encoder_mask='auto' and decoder_depth measure what a change costs next to the donor, so the pair must "
                 f"start as its donor: start='lossless', got start={self.start!r}, layout={self.layout!r}, "
                 f"reads={self.reads!r}"
             )
         if self.encoder_mask == "auto":
+            if self.future_weight != 1.0:
+                raise ValueError(
+                    f"encoder_mask='auto' finds the weight of later keys itself, got future_weight="
+                    f"{self.future_weight}; leave it out"
+                )
             return
         masks = [self.encoder_mask] if isinstance(self.encoder_mask, str) else list(self.encoder_mask or ())
         bad = [mask for mask in masks if mask not in get_args(EncoderMask)]
@@ -75,6 +82,12 @@ class Choices:
             raise ValueError(
                 f"encoder_mask must be of {', '.join(get_args(EncoderMask))}, or auto, got {bad[0]!r}"
             )
+
+    @property
+    def starts_as_donor(self) -> bool:
+        """With a causal encoder the pair computes what its donor does."""
+        meeting = (self.start, self.layout or "merged", self.reads or "aligned")
+        return meeting == ("lossless", "merged", "aligned")
 
 
 @dataclass(frozen=True)
@@ -197,6 +210,7 @@ def plan_config(
         decoder_positions=restarts,
         aligned_layers=None if aligned is None else tuple(aligned),
         encoder_mask=_masks_per_layer(choices, len(encoder_layers)),
+        encoder_future_weight=choices.future_weight,
         tie_word_embeddings=tie,
         decoder_start=choices.decoder_start or ("last_source_token" if is_lossless else "bos"),
         source_bos=adds_bos and (is_lossless or is_t5gemma2),

@@ -57,9 +57,16 @@ class Checkpoint:
             return ShardsSource(self.folder)
         return SafetensorsSource(self.folder) if self.gguf_file is None else GGUFSource(self.gguf_file)
 
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether it can take text."""
+        if self.gguf_file is not None:
+            return has_tokenizer(self.gguf_file)
+        return any((self.folder / name).is_file() for name in VOCABULARY_FILES)
+
     def tokenizer(self) -> Any:
         """The `transformers` tokenizer, or None, with a warning, where the checkpoint has none."""
-        if not _has_tokenizer(self):
+        if not self.has_tokenizer:
             warnings.warn(
                 f"{self.name} has no tokenizer files ({', '.join(VOCABULARY_FILES)}): it takes token ids, "
                 "not text",
@@ -113,7 +120,7 @@ def copy_tokenizer(checkpoint: Checkpoint, out_folder: str | Path, loaded: Any =
         raise FileExistsError(
             f"{out_folder} already has {', '.join(there)}; give a folder without tokenizer files"
         )
-    if not _has_tokenizer(checkpoint):
+    if not checkpoint.has_tokenizer:
         return []
     if checkpoint.gguf_file is not None:
         (loaded or _load_tokenizer(checkpoint)).save_pretrained(str(out_folder))
@@ -135,7 +142,7 @@ def same_tokenizer(a: Checkpoint, b: Checkpoint) -> str | None:
     """
     if (a.folder, a.gguf_file) == (b.folder, b.gguf_file):
         return None
-    has_a, has_b = _has_tokenizer(a), _has_tokenizer(b)
+    has_a, has_b = a.has_tokenizer, b.has_tokenizer
     if not has_a and not has_b:
         warnings.warn(
             f"neither {a.name} nor {b.name} has tokenizer files: only their vocab_size is compared",
@@ -195,12 +202,6 @@ def _download(name: str) -> Path:
             f"https://huggingface.co/{name} and log in with `hf auth login`; offline, only what was "
             "downloaded before is found"
         ) from error
-
-
-def _has_tokenizer(checkpoint: Checkpoint) -> bool:
-    if checkpoint.gguf_file is not None:
-        return has_tokenizer(checkpoint.gguf_file)
-    return any((checkpoint.folder / name).is_file() for name in VOCABULARY_FILES)
 
 
 def _load_tokenizer(checkpoint: Checkpoint) -> Any:

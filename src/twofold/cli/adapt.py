@@ -26,14 +26,17 @@ def adapt_command(
         str | None, typer.Argument(help="Donor of the decoder. Left out: the same donor, a balanced pair.")
     ] = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write.")] = ...,  # type: ignore[assignment]
-    start: Annotated[str, typer.Option(help="published, scaled_copy, random or lossless.")] = "published",
+    start: Annotated[str, typer.Option(help="lossless, published, scaled_copy or random.")] = "lossless",
     encoder_mask: Annotated[
         str | None,
         typer.Option(
-            help="bidirectional, causal or sink; or one per layer, separated by commas; or auto: as open as a "
-            "profile finds to cost next to nothing (lossless start)."
+            help="bidirectional, causal or sink; or one per layer, separated by commas; or auto (default of the "
+            "lossless start): as open as a profile finds to cost next to nothing."
         ),
     ] = None,
+    future_weight: Annotated[
+        float, typer.Option(help="Factor on the attention weight of later tokens in an open encoder.")
+    ] = 1.0,
     encoder_layers: Annotated[
         str | None, typer.Option(help="Donor layers the encoder keeps, such as 0,2,4 or 0-14.")
     ] = None,
@@ -85,7 +88,7 @@ def adapt_command(
     if dtype is not None and dtype not in _DTYPES:
         raise ValueError(f"--dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}")
     domains = read_domains(profile_text or ())
-    measure = profiler(domains, budget)
+    measure = profiler(domains, budget, each_layer=profile)
     if profile:
         if decoder is not None:
             raise ValueError("--profile measures one donor's balanced pair; leave the decoder's donor out")
@@ -100,6 +103,7 @@ def adapt_command(
     choices = Choices(
         start=cast(Any, start),
         encoder_mask=cast(Any, _mask(encoder_mask)),
+        future_weight=future_weight,
         encoder_layers=_layers(encoder_layers, "--encoder-layers"),
         decoder_layers=_layers(decoder_layers, "--decoder-layers"),
         decoder_depth=decoder_depth,
@@ -138,9 +142,10 @@ def adapt_command(
     note(f"{report['num_parameters'] / 1e6:,.1f}M parameters in {report['dtype']}, {seconds:.1f} s")
     note(f"cross-attention: {report['cross_attention']}")
     if "profile" in report:
-        opened = report["profile"]
+        opened = report["profile"]["chosen"]
         note(
-            f"encoder: {opened['num_opened']} of {len(opened['encoder_mask'])} layers open ({opened['mask']})"
+            f"encoder: {len(opened['layers'])} of {len(report['profile']['encoder_mask'])} layers open, later tokens "
+            f"at weight {opened['future_weight']:g}"
         )
     if "depth" in report:
         note(

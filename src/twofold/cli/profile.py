@@ -53,9 +53,9 @@ def read_domains(texts: Sequence[str]) -> Domains | None:
     return domains or None
 
 
-def profiler(domains: Domains | None, budget: float) -> Profiler:
+def profiler(domains: Domains | None, budget: float, *, each_layer: bool) -> Profiler:
     """A profile over the given domains, with a progress bar."""
-    return partial(profile_encoder, texts=domains, budget=budget, watch=_with_progress)
+    return partial(profile_encoder, texts=domains, budget=budget, each_layer=each_layer, watch=_with_progress)
 
 
 def depth_chooser(domains: Domains | None) -> DepthChooser:
@@ -93,19 +93,27 @@ def show(profile: Profile) -> None:
     table = Table(
         "layers", *profile.loss, "opened", title=f"nats per token added by opening to '{profile.mask}'"
     )
-    masks = profile.encoder_mask
+    chosen = profile.chosen
+
+    def add(label: str, opened: Opened, last: str) -> None:
+        table.add_row(label, *_cells(opened), last)
+
     for opened in profile.alone:
         (layer,) = opened.layers
-        table.add_row(str(layer), *_cells(opened), "yes" if masks[layer] != "causal" else "")
+        add(str(layer), opened, "yes" if layer in chosen.layers else "")
     table.add_section()
     for opened in profile.together:
-        n = len(opened.layers)
-        table.add_row(f"{n} cheapest", *_cells(opened), "chosen" if n == profile.num_opened else "")
+        add(f"{len(opened.layers)} cheapest", opened, "chosen" if opened == chosen else "")
+    add(
+        f"all, later tokens at {profile.faint.future_weight:g}",
+        profile.faint,
+        "chosen" if profile.faint == chosen else "",
+    )
     out.print(table)
     losses = ", ".join(f"{name} {loss:.3f}" for name, loss in profile.loss.items())
     note(
-        f"the donor's loss: {losses} nats per token. {profile.num_opened} of {len(masks)} layers can be open within "
-        f"{profile.budget} nats on every domain"
+        f"the donor's loss: {losses} nats per token. {len(chosen.layers)} of {len(profile.whole.layers)} layers can be "
+        f"open, later tokens at weight {chosen.future_weight:g}, within {profile.budget} nats on every domain"
     )
 
 
@@ -136,11 +144,16 @@ def plot(profile: Profile, path: Path, title: str) -> None:
         joint.errorbar(
             counts, [opened.cost[name] for opened in profile.together], noise, fmt="o-", ms=3, label=name
         )
+        faint = profile.faint.cost[name], profile.faint.noise[name]
+        joint.errorbar(
+            [len(profile.faint.layers)], *faint, fmt="s", mfc="none", label=f"{name}, later tokens at a tenth"
+        )
     single.set(xlabel="layer opened alone", ylabel="nats per token above the donor", title=title)
     joint.axhline(profile.budget, color="gray", linestyle="--", label="budget")
-    joint.axvline(profile.num_opened, color="gray", linestyle=":")
+    joint.axvline(len(profile.chosen.layers), color="gray", linestyle=":")
     joint.set(
-        xlabel="layers open together, cheapest first", title=f"{profile.num_opened} layers fit the budget"
+        xlabel="layers open together, cheapest first",
+        title=f"chosen: {len(profile.chosen.layers)} layers, later tokens at {profile.chosen.future_weight:g}",
     )
     for axes in (single, joint):
         axes.axhline(0, color="black", linewidth=0.5)

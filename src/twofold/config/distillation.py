@@ -9,6 +9,18 @@ from pydantic import Field, model_validator
 from twofold.config.base import Config
 
 
+class HiddenStatesConfig(Config):
+    """Decoder layers that are to compute what a teacher's layers compute, beside predicting what it predicts."""
+
+    weight: float = Field(default=1.0, gt=0)
+    """Of the mean over the matched layers of 1 - cosine similarity, in the loss of a token in nats."""
+
+    layers: tuple[tuple[int, int], ...] | None = None
+    """Pairs (decoder layer, teacher's layer): what the first reads is drawn to what the second reads; the number of
+    layers stands for the normed output. null: every layer but the first, with the teacher's layer it came from where
+    the pair's aligned reads tell that, else by relative depth; and the output."""
+
+
 class DistillationConfig(Config):
     """A teacher for every scored token, in the loop or stored."""
 
@@ -26,6 +38,9 @@ class DistillationConfig(Config):
     """Of the teacher in the loss; the rest is the right token's. 1: cross-entropy against the teacher alone
     (Gemma 2, arXiv 2408.00118, section 3.2)."""
 
+    hidden_states: HiddenStatesConfig | None = None
+    """Match hidden states too; teacher and decoder must have one width."""
+
     @model_validator(mode="after")
     def _check(self) -> Self:
         if (self.teacher is None) == (self.targets is None):
@@ -33,4 +48,8 @@ class DistillationConfig(Config):
             raise ValueError(f"distillation takes exactly one of teacher and targets, got {given}")
         if self.targets is not None and self.kind != "auto":
             raise ValueError(f"kind ({self.kind!r}) is of a teacher, targets have none; remove it")
+        if self.targets is not None and self.hidden_states is not None:
+            raise ValueError(
+                "hidden_states need a teacher in the loop, stored targets have none; remove them"
+            )
         return self

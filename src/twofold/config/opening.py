@@ -26,14 +26,14 @@ class OpeningConfig(Config):
     """`layers` only: encoder layers in the order in which they open, each once; those that are open already may be
     among them. null: from the last layer to the first. A profile's order stands in adaptation.json."""
 
-    lowest_weight: float = Field(default=1e-3, gt=0, lt=1)
-    """`future_weight` only."""
+    lowest_weight: float | None = Field(default=None, gt=0, lt=1)
+    """`future_weight` only. null: the weight the model comes with, or 0.001 where that is 1."""
 
     @model_validator(mode="after")
     def _fields_belong_to_the_kind(self) -> Self:
         if self.order is not None and self.kind != "layers":
             raise ValueError(f"order is for kind 'layers', got kind {self.kind!r}; leave it out")
-        if self.lowest_weight != 1e-3 and self.kind != "future_weight":
+        if self.lowest_weight is not None and self.kind != "future_weight":
             raise ValueError(
                 f"lowest_weight is for kind 'future_weight', got kind {self.kind!r}; leave it out"
             )

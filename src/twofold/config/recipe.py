@@ -24,8 +24,9 @@ class AdaptConfig(Config):
 
     encoder: str
     decoder: str | None = None
-    start: Literal["published", "scaled_copy", "random", "lossless"] = "published"
+    start: Literal["published", "scaled_copy", "random", "lossless"] = "lossless"
     encoder_mask: EncoderMask | Literal["auto"] | tuple[EncoderMask, ...] | None = None
+    future_weight: float = 1.0
     encoder_layers: tuple[int, ...] | None = None
     decoder_layers: tuple[int, ...] | None = None
     decoder_depth: int | None = None

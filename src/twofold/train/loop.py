@@ -28,6 +28,7 @@ from twofold.train.checkpointing import (
     save_model,
 )
 from twofold.train.evaluate import Evaluation, evaluate
+from twofold.train.loss import Matching
 from twofold.train.opening import Masks, Opening
 from twofold.train.optimizer import cross_attention_names, new_optimizer, set_phase, trainable_parameters
 from twofold.train.parallel import shard
@@ -96,6 +97,7 @@ def fit(
     world: World | None = None,
     teacher: TeacherOf | None = None,
     teacher_share: float = 1.0,
+    matching: Matching | None = None,
 ) -> TrainResult:
     """Train a model that is in memory.
 
@@ -117,6 +119,7 @@ def fit(
         world: the processes of the run, where the caller has started it. None: `start_world`.
         teacher: see `LossModule`.
         teacher_share: see `chunked_loss`.
+        matching: see `LossModule`.
 
     Raises:
         FileExistsError: there is something in `output` already.
@@ -135,7 +138,9 @@ def fit(
     ):
         checkpoint = world.from_main(lambda: find_start(output, resume=resume))
         state = new_state(settings, checkpoint)
-        module = LossModule(model, settings.precision, teacher=teacher, teacher_share=teacher_share)
+        module = LossModule(
+            model, settings.precision, teacher=teacher, teacher_share=teacher_share, matching=matching
+        )
         trainer = Trainer(module, train_loader, held_out_loader, settings, output, state, callbacks, world)
         cleanup.callback(model.eval)
         cleanup.callback(restore_blocks, model)

@@ -9,6 +9,7 @@ N: scored positions. D: width of the decoder. V: vocabulary. K: tokens a sparse 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,9 +45,38 @@ class TeacherHead:
     softcap: float | None
     speaks_N: Tensor
     """bool. False: the teacher says nothing here, and the label alone counts."""
+    hidden_NE: tuple[Tensor, ...] = ()
+    """What the layers that are to be matched read, see `Matching`; one tensor for each."""
 
 
 Teacher = SparseTeacher | TeacherHead
+
+
+@dataclass(frozen=True, slots=True)
+class Matching:
+    """Layers of a student's decoder whose states are drawn to a teacher's."""
+
+    layers: tuple[int, ...]
+    """What layer i reads, i from 0; the number of layers stands for the normed output."""
+    weight: float
+    """See `hidden_loss`."""
+
+
+def hidden_loss(student_ND: Sequence[Tensor], teacher: TeacherHead) -> Tensor:
+    """How far hidden states point away from a teacher's: 1 - cosine similarity, mean over layers, summed over the
+    positions where the teacher speaks; float32 [].
+
+    Their directions only: every sub-layer reads the stream through an RMSNorm, which takes out its length.
+
+    Args:
+        student_ND: what the student's matched layers read, any float dtype; as wide as the teacher's.
+    """
+    total = torch.zeros((), device=teacher.speaks_N.device)
+    for own, theirs in zip(student_ND, teacher.hidden_NE, strict=True):
+        own = own.float()
+        similarity_N = (own * F.normalize(theirs.float(), dim=-1)).sum(dim=-1) / own.norm(dim=-1)
+        total = total + ((1.0 - similarity_N) * teacher.speaks_N).sum()
+    return total / len(teacher.hidden_NE)
 
 
 def token_loss(logits_BTV: Tensor, labels_BT: Tensor) -> tuple[Tensor, Tensor]:

@@ -250,7 +250,8 @@ def _predict(
     for row, (tokens, _) in enumerate(read):
         ids[row, : len(tokens)] = tokens
     device = teacher.device
-    states = teacher.states(torch.from_numpy(ids).to(device), torch.from_numpy(segments).to(device))
+    output = teacher.read(torch.from_numpy(ids).to(device), torch.from_numpy(segments).to(device))
+    states = output.last_hidden_state
     for reading, (_, before), states_RE in zip(readings, read, states, strict=True):
         # Token i is predicted at the state before it, the first one only where there is a BOS.
         silent = max(0, 1 - before - reading.wanted.start)

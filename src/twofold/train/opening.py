@@ -72,6 +72,8 @@ class Opening:
         self._start = first
         n_layers = len(first.masks)
         self._order = tuple(reversed(range(n_layers))) if settings.order is None else settings.order
+        own = first.future_weight if first.future_weight < 1 else 1e-3
+        self._lowest_weight = settings.lowest_weight or own
         self._end = Masks((settings.mask,) * n_layers)
         strangers = [i for i in self._order if not 0 <= i < n_layers]
         missing = [i for i in range(n_layers) if i not in self._order and first.masks[i] != settings.mask]
@@ -97,7 +99,7 @@ class Opening:
         if step >= settings.steps or settings.kind == "batches":
             return self._end
         if settings.kind == "future_weight":
-            return Masks(self._end.masks, future_weight(step, settings.steps, settings.lowest_weight))
+            return Masks(self._end.masks, future_weight(step, settings.steps, self._lowest_weight))
         opened = set(self._order[: num_open(step, settings.steps, len(self._order))])
         masks = (settings.mask if i in opened else self._start.masks[i] for i in range(n_layers))
         return Masks(tuple(masks), self._start.future_weight)

@@ -72,6 +72,7 @@ def train(recipe: Recipe, *, resume: bool = False, callbacks: Sequence[Callback]
                 world=world,
                 teacher=None if distillation is None else distillation.teacher,
                 teacher_share=1.0 if distillation is None else distillation.share,
+                matching=None if distillation is None else distillation.matching,
             )
 
 

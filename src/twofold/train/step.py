@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from twofold.data import IGNORE_INDEX, Batch
 from twofold.models import EncoderDecoder
-from twofold.train.loss import Teacher, chunked_loss
+from twofold.train.loss import Matching, Teacher, TeacherHead, chunked_loss, hidden_loss
 from twofold.train.opening import Opening
 from twofold.train.parallel import local_part, reduce_gradients
 from twofold.train.world import ONE_PROCESS, World
@@ -33,7 +33,7 @@ class StepResult:
     """What a step did."""
 
     loss: float
-    """Nats per scored token, before the update."""
+    """Nats per scored token, before the update; with what matching hidden states adds to it."""
     scored_tokens: int
     real_tokens: int
     """Tokens on both sides that are not padding."""
@@ -60,18 +60,21 @@ class LossModule(nn.Module):
         *,
         teacher: TeacherOf | None = None,
         teacher_share: float = 1.0,
+        matching: Matching | None = None,
     ) -> None:
         """
         Args:
             precision: see `TrainSettings`.
             teacher: asked in train mode only, so that held-out losses stay comparable.
             teacher_share: see `chunked_loss`.
+            matching: whose hidden states are to be the teacher's too; its answer, a `TeacherHead`, must have them.
         """
         super().__init__()
         self.model = model
         self.precision = precision
         self.teacher = teacher
         self.teacher_share = teacher_share
+        self.matching = matching
         self.train(model.training)
 
     def forward(self, batch: Batch, scored: torch.Tensor) -> torch.Tensor:
@@ -83,14 +86,17 @@ class LossModule(nn.Module):
                 (`scored_positions`, taken before the batch is moved, so that nothing waits for the device).
         """
         device = batch.labels.device.type
+        asked = self.teacher if self.training else None
+        matching = self.matching if asked is not None else None
         with torch.autocast(device, torch.bfloat16, enabled=self.precision == "bfloat16"):
-            states_BTD, _, _ = self.model.states(
+            states_BTD, _, hidden_BTD = self.model.states(
                 input_ids=batch.input_ids,
                 segment_ids=batch.segment_ids,
                 decoder_input_ids=batch.decoder_input_ids,
                 decoder_segment_ids=batch.decoder_segment_ids,
+                output_hidden_states=matching is not None,
             )
-            teacher = self.teacher(batch, scored) if self.teacher is not None and self.training else None
+            teacher = asked(batch, scored) if asked is not None else None
             head = self.model.lm_head
             loss: torch.Tensor = chunked_loss(
                 states_BTD.flatten(0, 1)[scored],
@@ -100,6 +106,10 @@ class LossModule(nn.Module):
                 teacher=teacher,
                 teacher_share=self.teacher_share,
             )
+        if matching is not None:
+            assert isinstance(teacher, TeacherHead)
+            read_ND = [hidden_BTD[i].flatten(0, 1)[scored] for i in matching.layers]
+            loss = loss + matching.weight * hidden_loss(read_ND, teacher)
         return loss
 
 

@@ -34,21 +34,24 @@ from twofold.adapt.plan import Choices
 from twofold.checkpoint import resolve
 from twofold.checkpoint.load import load
 from twofold.checkpoint.resolve import tokenizer_difference
-from twofold.config import EncoderDecoderConfig
-from twofold.config.distillation import DistillationConfig
+from twofold.config import EncoderDecoderConfig, StackConfig
+from twofold.config.distillation import DistillationConfig, HiddenStatesConfig
 from twofold.data import Batch, Convention, Corpus
 from twofold.data.targets import TargetReader, name_store
 from twofold.data.teaching import RawRows, StoredTargets, Teaching
 from twofold.models import EncoderDecoder
 from twofold.models.encoder_decoder import LMHead, locate_tokens
 from twofold.models.families import DONORS
-from twofold.models.stack import Encoder
-from twofold.train.loss import SparseTeacher, TeacherHead
+from twofold.models.stack import Encoder, EncoderOutput
+from twofold.train.loss import Matching, SparseTeacher, TeacherHead
 from twofold.train.step import Precision, TeacherOf
 
 
 class DecoderTeacher:
     """A decoder-only model: a causal stack and its head."""
+
+    matched_layers: tuple[int, ...] = ()
+    """Whose hidden states it tells, see `Matching`."""
 
     def __init__(
         self, encoder: Encoder, config: EncoderDecoderConfig, head_weight_VE: Tensor, bos_token_id: int | None
@@ -75,9 +78,14 @@ class DecoderTeacher:
         """Tokens it can read at a time, BOS included."""
         return self._config.encoder.max_position_embeddings
 
+    @property
+    def stack(self) -> StackConfig:
+        """What it is."""
+        return self._config.encoder
+
     @torch.no_grad()
-    def states(self, input_ids: Tensor, segment_ids: Tensor) -> Tensor:
-        """What its head reads after each token, [B, R, E].
+    def read(self, input_ids: Tensor, segment_ids: Tensor) -> EncoderOutput:
+        """What its head reads after each token (`last_hidden_state`, [B, R, E]); hidden states where some are matched.
 
         Args:
             input_ids: int64 [B, R].
@@ -85,41 +93,58 @@ class DecoderTeacher:
         """
         with torch.autocast(input_ids.device.type, enabled=False):
             tokens = locate_tokens(self._config, "encoder", input_ids, None, segment_ids)
-            states_BRE: Tensor = self._encoder(input_ids, tokens).last_hidden_state
-        return states_BRE
+            output: EncoderOutput = self._encoder(
+                input_ids, tokens, output_hidden_states=bool(self.matched_layers)
+            )
+        return output
 
     def __call__(self, batch: Batch, scored: Tensor) -> TeacherHead:
         """What it says at the scored positions of a batch that has `RawRows`."""
         assert batch.teacher_input_ids is not None
         assert batch.teacher_segment_ids is not None
         assert batch.teacher_index is not None
-        states_BRE = self.states(batch.teacher_input_ids, batch.teacher_segment_ids)
+        output = self.read(batch.teacher_input_ids, batch.teacher_segment_ids)
         index_N = batch.teacher_index.flatten()[scored]
-        row_N = scored // batch.teacher_index.shape[1]
-        states_NE = states_BRE[row_N, index_N.clamp(min=0)]
-        return TeacherHead(states_NE, self.weight_VE, self.softcap, index_N >= 0)
+        at = scored // batch.teacher_index.shape[1], index_N.clamp(min=0)
+        hidden_NE = tuple(output.hidden_states[i][at] for i in self.matched_layers)
+        return TeacherHead(
+            output.last_hidden_state[at], self.weight_VE, self.softcap, index_N >= 0, hidden_NE
+        )
 
 
 class EncoderDecoderTeacher:
     """An encoder-decoder of the student's conventions: reads what the student reads, and speaks everywhere."""
 
+    matched_layers: tuple[int, ...] = ()
+    """Of its decoder, as for `DecoderTeacher`."""
+
     def __init__(self, model: EncoderDecoder) -> None:
         self._model = model.eval().requires_grad_(False)
+
+    @property
+    def stack(self) -> StackConfig:
+        """Its decoder."""
+        return self._model.config.decoder
 
     @torch.no_grad()
     def __call__(self, batch: Batch, scored: Tensor) -> TeacherHead:
         """What it says at the scored positions of a batch."""
         with torch.autocast(scored.device.type, enabled=False):
-            states_BTE, _, _ = self._model.states(
+            states_BTE, _, hidden_BTE = self._model.states(
                 input_ids=batch.input_ids,
                 segment_ids=batch.segment_ids,
                 decoder_input_ids=batch.decoder_input_ids,
                 decoder_segment_ids=batch.decoder_segment_ids,
+                output_hidden_states=bool(self.matched_layers),
             )
         head = self._model.lm_head
         speaks_N = torch.ones_like(scored, dtype=torch.bool)
         return TeacherHead(
-            states_BTE.flatten(0, 1)[scored], head.out_proj.weight.detach(), head.softcap, speaks_N
+            states_BTE.flatten(0, 1)[scored],
+            head.out_proj.weight.detach(),
+            head.softcap,
+            speaks_N,
+            tuple(hidden_BTE[i].flatten(0, 1)[scored] for i in self.matched_layers),
         )
 
 
@@ -143,8 +168,9 @@ class Distillation:
     share: float
     teaching: Callable[[Sequence[Corpus]], Teaching | None]
     """What the training loader adds to its batches, given its corpora."""
-    vocab_size: int | None
+    vocab_size: int | None = None
     """Embeddings of a teacher that reads the student's inputs; None for others."""
+    matching: Matching | None = None
 
     def check(self, student: EncoderDecoder) -> None:
         """Refuse a student whose inputs the teacher cannot read; after its sentinels were added.
@@ -199,7 +225,7 @@ def open_distillation(
                 )
             return StoredTargets(reader)
 
-        return Distillation(stored_teacher, config.share, stored, None)
+        return Distillation(stored_teacher, config.share, stored)
     assert config.teacher is not None
     checkpoint = resolve(config.teacher)
     is_decoder = checkpoint.config.get("model_type") in DONORS
@@ -217,12 +243,60 @@ def open_distillation(
             config.teacher, dtype=dtype, device=device, max_length=max_raw_length, vocab_size=vocab_size
         )
         rows = RawRows(teacher.bos_token_id, pad_multiple)
-        return Distillation(teacher, config.share, lambda corpora: rows, None)
+        matching = match(student.config, teacher, config.hidden_states)
+        return Distillation(teacher, config.share, lambda corpora: rows, matching=matching)
     model = load(config.teacher, dtype=dtype, device=device, skip_vision=True)
     _check_conventions(config.teacher, Convention.of(model.config), Convention.of(student.config))
-    return Distillation(
-        EncoderDecoderTeacher(model), config.share, lambda corpora: None, model.config.decoder.vocab_size
-    )
+    reader = EncoderDecoderTeacher(model)
+    matching = match(student.config, reader, config.hidden_states)
+    vocab_size = model.config.decoder.vocab_size
+    return Distillation(reader, config.share, lambda corpora: None, vocab_size, matching)
+
+
+def match(
+    student: EncoderDecoderConfig,
+    teacher: DecoderTeacher | EncoderDecoderTeacher,
+    config: HiddenStatesConfig | None,
+) -> Matching | None:
+    """Let a teacher tell the hidden states that a student's are to be drawn to.
+
+    Raises:
+        ValueError: unequal widths, or layers that one of both does not have.
+    """
+    if config is None:
+        return None
+    own, theirs = student.decoder, teacher.stack
+    if own.hidden_size != theirs.hidden_size:
+        raise ValueError(
+            f"hidden_states compares vectors of one width, but the student's decoder has {own.hidden_size} and the "
+            f"teacher {theirs.hidden_size}; remove distillation.hidden_states"
+        )
+    pairs = config.layers
+    if pairs is None:
+        pairs = layer_pairs(student, theirs.num_hidden_layers)
+    bad = [
+        pair
+        for pair in pairs
+        if not (0 <= pair[0] <= own.num_hidden_layers and 0 <= pair[1] <= theirs.num_hidden_layers)
+    ]
+    if bad or not pairs:
+        raise ValueError(
+            f"distillation.hidden_states.layers must be pairs of a decoder layer from 0 to {own.num_hidden_layers} and "
+            f"a teacher's from 0 to {theirs.num_hidden_layers} (the last is the output), got {list(bad or pairs)}"
+        )
+    teacher.matched_layers = tuple(layer for _, layer in pairs)
+    return Matching(tuple(layer for layer, _ in pairs), config.weight)
+
+
+def layer_pairs(student: EncoderDecoderConfig, teacher_depth: int) -> tuple[tuple[int, int], ...]:
+    """What each decoder layer is drawn to: see `HiddenStatesConfig.layers`. The first layers read embeddings, which
+    need no teacher."""
+    depth = student.decoder.num_hidden_layers
+    if student.aligned_layers is not None and student.encoder.num_hidden_layers == teacher_depth:
+        inner = student.aligned_layers[1:]
+    else:
+        inner = tuple(round(i * teacher_depth / depth) for i in range(1, depth))
+    return (*enumerate(inner, start=1), (depth, teacher_depth))
 
 
 def open_decoder_teacher(

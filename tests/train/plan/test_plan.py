@@ -98,6 +98,10 @@ def test_a_teacher_in_the_loop_costs_its_weights_and_a_forward_pass(two_billion,
     assert taught.teacher.parameters == size
     assert taught.peak.teacher == 2 * size  # bfloat16
     assert alone.peak.teacher == 0
+    matching = {"teacher": str(tmp_path / "teacher"), "hidden_states": {"layers": [[1, 1], [2, 2]]}}
+    matched = plan_run(recipe(two_billion, rows, distillation=matching), device)
+    # Both sides' states of two layers at every scored position, and the teacher's normed, in float32.
+    assert matched.peak.loss - taught.peak.loss == 2 * 3 * 4 * 4 * 256 * matched.config.decoder.hidden_size
     with FlopCounterMode(display=False) as counter:
         teacher(torch.zeros(1, 768, dtype=torch.int64), logits_to_keep=256)
     extra = taught.phases[0].compute_s - alone.phases[0].compute_s

@@ -90,6 +90,8 @@ class Setup:
     is_cpu: bool = False
     has_ema: bool = False
     teacher: Teacher | None = None
+    matched_layers: int = 0
+    """Whose hidden states are compared with the teacher's."""
 
     @property
     def numbers(self) -> Numbers:
@@ -227,8 +229,8 @@ class _Step:
         return found
 
     def _loss(self) -> tuple[int, int, int]:
-        """Bytes that hold the decoder's states until their backward pass, those of the head's gradient until it
-        meets the embedding's, and those of a chunk."""
+        """Bytes that hold the decoder's states, and those matched with a teacher's, until their backward pass, those of
+        the head's gradient until it meets the embedding's, and those of a chunk."""
         scored, stack = self.setup.scored, self.config.decoder
         n_rows = min(max(CHUNK_BYTES // (4 * stack.vocab_size), 1), scored)
         # Logits, and their exponents on the way to the softmax; in bfloat16 the product's own result before.
@@ -243,6 +245,8 @@ class _Step:
                 chunk, 6 * n_rows * stack.vocab_size + 2 * self.table
             )  # a chunk's share of the gradient
         states = 2 * self.numbers.stream * scored * stack.hidden_size  # and their gradient
+        # Matched states, and the teacher's as they come and normed.
+        states += 3 * 4 * self.setup.matched_layers * scored * stack.hidden_size
         pending = 4 * self.table if self.head_learns else 0
         return states, pending, chunk + weight
 

@@ -322,7 +322,16 @@ class _Draft:
             is_cpu=self.device.is_cpu,
             has_ema=self.recipe.ema_decay is not None,
             teacher=self.teacher,
+            matched_layers=self._matched_layers,
         )
+
+    @property
+    def _matched_layers(self) -> int:
+        distillation = self.recipe.distillation
+        if distillation is None or distillation.hidden_states is None:
+            return 0
+        layers = distillation.hidden_states.layers
+        return self.config.decoder.num_hidden_layers if layers is None else len(layers)
 
     @cached_property
     def teacher(self) -> Teacher | None:
