@@ -101,6 +101,28 @@ def test_each_side_is_read_as_it_reads(make):
     assert_same(projection.bias.detach(), (y.mean(0) - wanted @ x.mean(0)).float(), 1e-4)
 
 
+@torch.no_grad()
+def test_all_layers_may_read_the_encoders_output(make):
+    """Values of layer 2, against least squares on what the encoder hands over."""
+    folder, _ = make(llama_config(**SIZES))
+    model = twofold.adapt(folder, start="stitched", reads="final", stitcher=fit)
+    report = model.adaptation["stitch"]
+    assert (model.config.reads, model.config.aligned_layers) == ("final", None)
+    assert {layer["encoder_layer"] for layer in report["layers"]} == {None}
+    donor = twofold.adapt(folder, encoder_mask="causal", tie_stacks=True)
+    rows, _ = token_rows(model, TEXTS, 8000, 40)
+    read, values = [], []
+    for row in rows:
+        read.append(model.encode(row[None]).last_hidden_state[0])
+        values.append(donor.encoder.layers[2].self_attn.v_proj(donor.encode(row[None]).memory[2][0]))
+    x, y = torch.cat(read).double(), torch.cat(values).double()
+    centred, ridge = x - x.mean(0), report["layers"][2]["ridge"]
+    penalty = torch.eye(x.shape[1]).double() * (len(x) * ridge * centred.square().mean()).sqrt()
+    targets = torch.cat([y - y.mean(0), torch.zeros(x.shape[1], y.shape[1]).double()])
+    wanted = torch.linalg.lstsq(torch.cat([centred, penalty]), targets).solution.T
+    assert_same(model.decoder.layers[2].self_attn.source_v_proj.weight, wanted.float(), 1e-4)
+
+
 @pytest.mark.parametrize(
     "config",
     [llama_config(**SIZES), qwen2_config(**SIZES), gemma3_config(**SIZES)],
