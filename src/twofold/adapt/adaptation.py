@@ -177,12 +177,12 @@ def settle(
     decoder: str | Path | None,
     choices: Choices,
     *,
-    profile: Profiler = profile_encoder,
-    choose: DepthChooser = choose_decoder_layers,
-    refit: Refitter | None = refit_decoder,
-    stitcher: Stitcher = stitch,
-    dtype: torch.dtype | None = None,
-    seed: int = 0,
+    profile: Profiler,
+    choose: DepthChooser,
+    refit: Refitter | None,
+    stitcher: Stitcher,
+    dtype: torch.dtype | None,
+    seed: int,
     keeps_pair: bool = False,
 ) -> Settled:
     """Replace what choices leave to measurement (`encoder_mask="auto"`, `decoder_depth`) or to a fit (`stitched`) by
@@ -196,13 +196,15 @@ def settle(
     Raises:
         ValueError, FileNotFoundError: see `adapt`, `profile_encoder`, `choose_decoder_layers`, `stitch`.
     """
-    checkpoints = resolve(encoder), resolve(encoder if decoder is None else decoder)
-    choices = choices.with_start(*(donor_family(c.config).read_config(c.config) for c in checkpoints))
+    encoder_donor = resolve(encoder)
+    decoder_donor = encoder_donor if decoder is None else resolve(decoder)
+    configs = (donor_family(c.config).read_config(c.config) for c in (encoder_donor, decoder_donor))
+    choices = choices.with_start(*configs)
     if choices.start == "stitched":
         stitched = stitcher(_in_memory(encoder, decoder, choices, dtype, seed))
         return Settled(choices, {"stitch": stitched.as_json()}, stitched.projections, None)
     if choices.encoder_mask is None and choices.starts_as_donor:
-        has_tokenizer = checkpoints[1].has_tokenizer
+        has_tokenizer = decoder_donor.has_tokenizer
         if not has_tokenizer:
             warnings.warn(
                 "the donor has no tokenizer, so how far its encoder can be opened cannot be measured: it stays causal. "
