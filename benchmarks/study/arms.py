@@ -188,12 +188,12 @@ def make(donor: str, arm: Arm, texts: Texts, seed: int) -> EncoderDecoder:
     settings = dict(arm.adapt)
     if settings.get("encoder_mask") == "auto":
         settings["profile"] = partial(profile_encoder, texts=texts.pieces("profile", PROFILED))
-    fitted_on = texts.pieces("train", FITTED)
     if settings["start"] == "stitched":
         tokens = arm.stitch_tokens or FITTED_TOKENS
-        settings["stitcher"] = partial(stitch, texts=fitted_on, tokens=tokens)
+        settings["stitcher"] = partial(stitch, texts=texts.pieces("train", FITTED), tokens=tokens)
     if "decoder_depth" in settings:
-        settings["refit"] = partial(refit_decoder, texts=fitted_on, tokens=FITTED_TOKENS)
+        pieces = texts.pieces("train", FITTED)
+        settings["refit"] = partial(refit_decoder, texts=pieces, tokens=FITTED_TOKENS)
     model = twofold.adapt(donor, dtype=torch.float32, seed=seed, **settings)
     if arm.is_random:
         model.initialise_randomly(seed)

@@ -33,7 +33,6 @@ from benchmarks.study.study import SOURCE_LENGTH, TARGET_LENGTH, Meter, mean, ro
 from benchmarks.study.text import Texts
 from twofold.checkpoint.writer import SafetensorsWriter
 from twofold.config import StackConfig
-from twofold.config.data import DataConfig, SourceConfig
 from twofold.config.distillation import DistillationConfig
 from twofold.config.recipe import OptimizerConfig, ScheduleConfig, TrainSettings
 from twofold.data import Convention, longest_text
@@ -205,13 +204,11 @@ def distil(student: EncoderDecoder, donor: str, texts: Texts, options: argparse.
     )
     progress = Progress()
     with tempfile.TemporaryDirectory() as folder:
-        files = texts.write_training_files(Path(folder))
-        data = DataConfig(
-            sources=tuple(SourceConfig(path=str(path), weight=1.0) for path in files.values()),
-            source_length=SOURCE_LENGTH * options.rows,
-            target_length=TARGET_LENGTH * options.rows,
-            max_text_length=SOURCE_LENGTH + TARGET_LENGTH,
-            rows_per_batch=1,
+        data = texts.training_data(
+            Path(folder),
+            rows=options.rows,
+            source_length=SOURCE_LENGTH,
+            target_length=TARGET_LENGTH,
             seed=1,  # another order than the study's arms read
         )
         distillation = open_distillation(

@@ -42,7 +42,7 @@ from benchmarks.study.results import details_of, differences, mean, noise, round
 from benchmarks.study.text import Texts, batches
 from benchmarks.study.tune import GROUPS, held_out, measure, tune
 from twofold.checkpoint import resolve
-from twofold.config.data import DataConfig, SourceConfig
+from twofold.config.data import DataConfig
 from twofold.config.distillation import DistillationConfig
 from twofold.config.recipe import OptimizerConfig, ScheduleConfig, TrainSettings
 from twofold.data import Convention
@@ -193,13 +193,11 @@ class Study:
             return done
         model, settings = make(options.donor, arm, self.texts, seed), self._settings(arm, seed)
         with tempfile.TemporaryDirectory() as folder:
-            files = self.texts.write_training_files(Path(folder))
-            data = DataConfig(
-                sources=tuple(SourceConfig(path=str(path), weight=1.0) for path in files.values()),
-                source_length=SOURCE_LENGTH * options.rows,
-                target_length=TARGET_LENGTH * options.rows,
-                max_text_length=SOURCE_LENGTH + TARGET_LENGTH,
-                rows_per_batch=1,
+            data = self.texts.training_data(
+                Path(folder),
+                rows=options.rows,
+                source_length=SOURCE_LENGTH,
+                target_length=TARGET_LENGTH,
                 seed=seed,
                 **arm.data,
             )

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from twofold.config.data import DataConfig, SourceConfig
 from twofold.data import Batch, Convention, collate
 from twofold.data.convention import make_example
 from twofold.data.tokenize import encode
@@ -60,7 +61,25 @@ class Texts:
             found[domain] = [_from_a_word(documents[n], start) for n, start in chosen]
         return found
 
-    def write_training_files(self, folder: Path) -> dict[str, Path]:
+    def training_data(
+        self, folder: Path, *, rows: int, source_length: int, target_length: int, **settings: Any
+    ) -> DataConfig:
+        """All domains alike, written into a folder: one packed row of so many examples in a batch.
+
+        Args:
+            settings: other fields of the configuration.
+        """
+        files = self._write_training_files(folder)
+        return DataConfig(
+            sources=tuple(SourceConfig(path=str(path), weight=1.0) for path in files.values()),
+            source_length=source_length * rows,
+            target_length=target_length * rows,
+            max_text_length=source_length + target_length,
+            rows_per_batch=1,
+            **settings,
+        )
+
+    def _write_training_files(self, folder: Path) -> dict[str, Path]:
         """One JSON-lines file of each domain."""
         files = {}
         for domain, parts in self._documents.items():
