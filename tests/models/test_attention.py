@@ -469,3 +469,18 @@ def test_a_decoding_step_equals_eager_over_all_keys_in_a_row(
     expected = attend(q_BNTH, keys, values, mask, scale=0.7, softcap=softcap, backend="eager")
     found = attend_everything(q_BNTH[:, :, 0], *parts, scale=0.7, softcap=softcap)
     assert_same(found, expected[:, :, 0])
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_a_decoding_step_may_hide_keys(softcap: float | None) -> None:
+    """Queries that share all keys, each under a mask of its own over the parts in a row."""
+    generator = torch.Generator().manual_seed(0)
+    q_BNTH = 3 * torch.randn(3, 4, 1, 8, generator=generator)
+    parts = [KeyValues(*torch.randn(2, 1, 2, n_keys, 8, generator=generator)) for n_keys in (5, 0, 3)]
+    hidden_BS = torch.rand(3, 8, generator=generator) < 0.5
+    hidden_BS[0, :7], hidden_BS[1] = True, False
+    hidden_BS[:, 7] = False
+    keys, values = (torch.cat(x, dim=2).expand(3, -1, -1, -1) for x in zip(*parts, strict=True))
+    expected = naive(q_BNTH, keys, values, ~hidden_BS[:, None], 0.7, softcap)
+    found = attend_everything(q_BNTH[:, :, 0], *parts, scale=0.7, softcap=softcap, hidden_BS=hidden_BS)
+    assert_same(found, expected[:, :, 0])

@@ -92,16 +92,24 @@ def attend(
     raise ValueError(f"unknown attention backend {backend!r}; use one of {', '.join(get_args(Backend))}")
 
 
-def attend_everything(q_BNH: Tensor, *parts: KeyValues, scale: float, softcap: float | None = None) -> Tensor:
+def attend_everything(
+    q_BNH: Tensor,
+    *parts: KeyValues,
+    scale: float,
+    softcap: float | None = None,
+    hidden_BS: Tensor | None = None,
+) -> Tensor:
     """Attention of a decoding step: one query in each row, which sees every key of every part.
 
     One softmax over all parts, which are never copied together. A part with one batch row is shared by all
-    queries, as the source is by samples and beams.
+    queries, as the source is by samples and beams, and all keys by the queries of several tokens of one text.
 
     Args:
         q_BNH: [B, N, H].
         parts: [B, K, S, H] or [1, K, S, H] each; S may be 0.
         softcap: as in `attend`.
+        hidden_BS: bool [B, S of all parts in a row], True = not to be seen after all; each query must be left a
+            key. None: nothing is hidden.
 
     Returns:
         [B, N, H] in the dtype of q; zeros where there is no key at all.
@@ -125,6 +133,8 @@ def attend_everything(q_BNH: Tensor, *parts: KeyValues, scale: float, softcap: f
     scores_BKGS = scores_BKGS * scale
     if softcap is not None:
         scores_BKGS = softcap * torch.tanh(scores_BKGS / softcap)
+    if hidden_BS is not None:
+        scores_BKGS = scores_BKGS.masked_fill(hidden_BS[:, None, None], -torch.inf)
     weights_BKGS = scores_BKGS.softmax(dim=-1).to(q_BNH.dtype)
     out_BKGH = torch.zeros_like(q_BKGH)
     weights_of_parts = torch.split_with_sizes(weights_BKGS, [part.length for part in parts], dim=-1)

@@ -30,6 +30,10 @@ class KeyValues(NamedTuple):
         """S."""
         return self.keys.shape[2]
 
+    def first(self, n: int) -> KeyValues:
+        """The first `n` keys and values."""
+        return KeyValues(self.keys[:, :, :n], self.values[:, :, :n])
+
     def last(self, n: int) -> KeyValues:
         """The last `n` keys and values, or all there are."""
         start = max(0, self.length - n)

@@ -325,7 +325,8 @@ class Decoder(Stack):
         """One token more for rows whose keys and values somebody else keeps.
 
         Args:
-            input_ids: int64 [B, 1].
+            input_ids: int64 [B, 1]. What rows have to do with each other, `keys` know: they may be several texts, or
+                several tokens of one.
             positions: int64 [B, 1], behind the source for a continuing decoder.
             keys: one per layer; each takes in the new token's.
 

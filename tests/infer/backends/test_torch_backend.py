@@ -1,5 +1,7 @@
 """Logits of the backend's steps against whole forward passes without cache or batch."""
 
+import random
+
 import pytest
 import torch
 from torch import Tensor
@@ -22,12 +24,13 @@ def whole_logits(model: EncoderDecoder, source: tuple[int, ...], ids: list[int])
     return model(source_ids, mask, torch.tensor([ids])).logits[0, -1]
 
 
-def start(i: int, n_rows: int = 1) -> Start:
+def start(i: int, n_rows: int = 1, n_verified: int = 0, n_new: int = N_NEW) -> Start:
     return Start(
         source_ids=SOURCES[i],
         prefix_ids=PREFIXES[i],
         n_rows=n_rows,
-        n_tokens=len(PREFIXES[i]) + N_NEW - 1,
+        n_tokens=len(PREFIXES[i]) + n_new - 1,
+        n_verified=n_verified,
     )
 
 
@@ -81,6 +84,10 @@ def test_memory_is_what_was_announced():
         n_source, n_own = len(asked.source_ids), asked.n_tokens
         values = 3 * n_source + n_rows * (n_own + min(3, n_own) + n_own)
         assert held.n_bytes == backend.bytes_needed(asked) == values * 2 * 2 * 8 * 4
+    guessing = start(0, n_verified=5)
+    (held, _), *_ = backend.start([guessing])
+    assert held.n_bytes == backend.bytes_needed(guessing)
+    assert held.n_bytes - backend.bytes_needed(start(0)) == 3 * 5 * 2 * 2 * 8 * 4
 
 
 def test_a_failed_step_can_be_repeated(monkeypatch):
@@ -93,3 +100,44 @@ def test_a_failed_step_can_be_repeated(monkeypatch):
         with pytest.raises(ZeroDivisionError):
             backend.step([held], [[6]])
     assert_same(backend.step([held], [[6]])[0][0], whole_logits(model, SOURCES[0], [2, 5, 6]))
+
+
+@pytest.mark.parametrize("meeting", MEETINGS, ids=meeting_id)
+def test_verified_tokens_get_the_logits_of_whole_forward_passes(meeting):
+    """Runs within and beyond the window of 3 and all around the ring, of which any number is accepted; beside plain
+    steps, and beside runs of which nothing is accepted."""
+    config = pair_config(gemma_stack(), encoder_mask=("sink", "bidirectional", "causal"), **meeting)
+    model = build(config, qk_factor=2.0)
+    backend = TorchBackend(model)
+    rng = random.Random(meeting_id(meeting))
+    for i in range(4):
+        (held, first), *_ = backend.start([start(i, n_verified=6, n_new=20)])
+        assert_same(first, whole_logits(model, SOURCES[i], list(PREFIXES[i])))
+        ids = list(PREFIXES[i])
+        while (n_left := len(PREFIXES[i]) + 19 - len(ids)) > 0:
+            tokens = [rng.randrange(3, 40) for _ in range(rng.randrange(1, min(n_left, 6) + 1))]
+            logits_TV = backend.verify(held, tokens)
+            for n in range(1, len(tokens) + 1):
+                assert_same(logits_TV[n - 1], whole_logits(model, SOURCES[i], [*ids, *tokens[:n]]))
+            if rng.random() < 0.3:
+                tokens = [rng.randrange(3, 40)]
+                logits_V = backend.step([held], [tokens])[0][0]
+                assert_same(logits_V, whole_logits(model, SOURCES[i], [*ids, *tokens]))
+                ids += tokens
+            elif rng.random() < 0.8:
+                n_right = rng.randrange(1, len(tokens) + 1)
+                held.accept(n_right)
+                ids += tokens[:n_right]
+
+
+def test_a_failed_verification_can_be_repeated(monkeypatch):
+    model = build(pair_config(stack()))
+    backend = TorchBackend(model)
+    (held, _), *_ = backend.start([start(0, n_verified=3)])
+    with monkeypatch.context() as patch:
+        patch.setattr(model.lm_head, "forward", lambda x: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            backend.verify(held, [5, 6, 7])
+    found = backend.verify(held, [8, 9])
+    assert_same(found[0], whole_logits(model, SOURCES[0], [2, 8]))
+    assert_same(found[1], whole_logits(model, SOURCES[0], [2, 8, 9]))

@@ -1,6 +1,6 @@
 """What the engine asks of the code that runs the model.
 
-Letters: R rows of one request that are decoded (samples, beams), V vocabulary.
+Letters: R rows of one request that are decoded (samples, beams), T tokens of one row, V vocabulary.
 """
 
 from __future__ import annotations
@@ -24,6 +24,9 @@ class Start:
     """R: samples or beams that will read this source."""
     n_tokens: int
     """Decoder tokens each row will hold at most: the prefix, and every new token but the last."""
+    n_verified: int = 0
+    """T, the most tokens that `Backend.verify` will get at once for this request, which then has one row. 0: it will
+    not be called. A backend that cannot verify need not look at it."""
 
 
 class Held(Protocol):
@@ -44,9 +47,19 @@ class Held(Protocol):
         the request started with."""
         ...
 
+    def accept(self, n: int) -> None:
+        """Take in the first `n` of the tokens that were verified last; the others never were."""
+        ...
+
 
 class Backend(Protocol):
     """Encodes sources and decodes one token at a time for rows of any mixture of requests."""
+
+    @property
+    def can_verify(self) -> bool:
+        """`verify` and `Held.accept` work here. Where not, neither is called, and requests that ask for `lookup` are
+        decoded token by token."""
+        ...
 
     def bytes_needed(self, start: Start) -> int:
         """What `Held.n_bytes` of this request will be, at its largest."""
@@ -70,5 +83,20 @@ class Backend(Protocol):
 
         Returns:
             For each request the logits of the next token, float32 [R, V].
+        """
+        ...
+
+    def verify(self, held: Held, tokens: Sequence[int]) -> Tensor:
+        """Several tokens in a row, of which the first is certain and the others are guessed.
+
+        Nothing is taken in before `Held.accept` says how many were right, so that the call may be repeated after an
+        error, and steps without it go on from where they were.
+
+        Args:
+            held: a request with one row.
+            tokens: its newest token and the guesses after it, T in all, at most `Start.n_verified`.
+
+        Returns:
+            The logits of the token after each of them, float32 [T, V].
         """
         ...

@@ -5,8 +5,11 @@ the rows' own in buffers made once, which on sliding layers are rings of the win
 all rows of a step together; attention runs request by request, so that nothing is padded and no mask is needed:
 all rows of a request have the same length, and what they may not see is not in what they are given.
 
-Letters: B rows of all requests of a step, R rows of one request, N query heads, K key-value heads, S source
-tokens, C columns of a buffer, H head_dim, V vocabulary.
+Tokens to be verified go through the model as the rows of a step would. Their keys lie in a buffer of their own until
+they are accepted, so that a ring never has to give back what was overwritten; who sees whom there takes a mask.
+
+Letters: B rows of all requests of a step, R rows of one request, T tokens to be verified, N query heads, K key-value
+heads, S source tokens, C columns of a buffer, H head_dim, V vocabulary.
 """
 
 from __future__ import annotations
@@ -40,12 +43,14 @@ class TorchBackend:
         self.device = weight.device
         decoder = model.config.decoder
         self._bytes_per_key = 2 * decoder.num_key_value_heads * decoder.head_dim * weight.element_size()
+        self.can_verify = True
 
     def bytes_needed(self, start: Start) -> int:
         """See `Backend`."""
         layer_types = self.model.config.decoder.layer_types
         own = sum(_columns(self.model.config, layer_type, start.n_tokens) for layer_type in layer_types)
-        return self._bytes_per_key * (len(layer_types) * len(start.source_ids) + start.n_rows * own)
+        in_every_layer = len(start.source_ids) + start.n_verified
+        return self._bytes_per_key * (len(layer_types) * in_every_layer + start.n_rows * own)
 
     @torch.no_grad()
     def start(self, starts: Sequence[Start]) -> list[tuple[Held, Tensor]]:
@@ -77,6 +82,17 @@ class TorchBackend:
             request.n_tokens += 1
         return list(torch.split_with_sizes(logits_BV, n_rows))
 
+    @torch.no_grad()
+    def verify(self, held: Held, tokens: Sequence[int]) -> Tensor:
+        """See `Backend`."""
+        request = cast(HeldTensors, held)
+        guesses = Guesses(request, len(tokens), self.device)
+        keys = [GuessedKeys(guesses, layer) for layer in request.layers]
+        input_ids = torch.tensor(tokens, device=self.device)
+        x_T1D = self.model.decoder.step(input_ids[:, None], guesses.positions_T[:, None], keys)
+        logits_TV: Tensor = self.model.lm_head(x_T1D)[:, 0]
+        return logits_TV
+
 
 def _columns(config: EncoderDecoderConfig, layer_type: LayerType, n_tokens: int) -> int:
     """C: how many of a row's own keys a layer of this type has to keep."""
@@ -95,6 +111,8 @@ class HeldLayer:
     own: KeyValues
     """[R, K, C, H]: decoder token i in column i % C. A ring smaller than the sequence is as large as the window, so
     that a token overwrites the one that no later query sees."""
+    guessed: KeyValues
+    """[1, K, C, H]: tokens that are being verified, the first in column 0. Empty for a request that guesses nothing."""
 
     def visible_source(self, position: int) -> KeyValues:
         """What a query at this position, after the source, sees of it."""
@@ -110,7 +128,15 @@ class HeldLayer:
         self.own.keys[:, :, column] = new.keys[:, :, 0]
         self.own.values[:, :, column] = new.values[:, :, 0]
         n_seen = min(index + 1, n_columns)
-        return KeyValues(self.own.keys[:, :, :n_seen], self.own.values[:, :, :n_seen])
+        return self.own.first(n_seen)
+
+    def accept(self, index: int, n: int) -> None:
+        """Store the first `n` guessed tokens as decoder tokens from `index` on."""
+        n_columns = self.own.length
+        n_kept = min(n, n_columns)  # earlier ones would be overwritten at once
+        columns = torch.arange(index + n - n_kept, index + n, device=self.own.keys.device) % n_columns
+        for own_RKCH, guessed_1KCH in zip(self.own, self.guessed, strict=True):
+            own_RKCH[:, :, columns] = guessed_1KCH[:, :, n - n_kept : n]
 
 
 class HeldTensors:
@@ -142,8 +168,14 @@ class HeldTensors:
                 buffer_RKCH[:, :, indices % n_columns] = given_BKSH[row, :, given_BKSH.shape[2] - kept :]
                 own.append(buffer_RKCH)
             source = (x_BKSH[row : row + 1, :, : self.n_source].clone() for x_BKSH in cached.source)
+            guessed = (x_RKCH.new_zeros(1, n_kv_heads, start.n_verified, head_dim) for x_RKCH in own)
             self.layers.append(
-                HeldLayer(KeyValues(*source), None if window is None else window + 1, KeyValues(*own))
+                HeldLayer(
+                    source=KeyValues(*source),
+                    source_window=None if window is None else window + 1,
+                    own=KeyValues(*own),
+                    guessed=KeyValues(*guessed),
+                )
             )
 
     @property
@@ -154,7 +186,7 @@ class HeldTensors:
     @property
     def n_bytes(self) -> int:
         """See `Held`."""
-        tensors = [x for layer in self.layers for x in (*layer.source, *layer.own)]
+        tensors = [x for layer in self.layers for x in (*layer.source, *layer.own, *layer.guessed)]
         return sum(x.numel() * x.element_size() for x in tensors)
 
     def select(self, rows: Sequence[int]) -> None:
@@ -170,6 +202,12 @@ class HeldTensors:
             for buffer_RKCH in layer.own:
                 buffer_RKCH[:, :, :used] = buffer_RKCH[index, :, :used]
         self.n_rows = len(rows)
+
+    def accept(self, n: int) -> None:
+        """See `Held`."""
+        for layer in self.layers:
+            layer.accept(self.n_tokens, n)
+        self.n_tokens += n
 
 
 class StepKeys:
@@ -219,3 +257,88 @@ class StepKeys:
             ]
         )
         return attention.project(attended_BNH[:, :, None])
+
+
+class Guesses:
+    """Tokens of one request that are verified together: where they stand, and what they do not see.
+
+    Args:
+        request: with one row.
+        n_new: T.
+        device: of the model.
+
+    Attributes:
+        n_new, n_before: T, and the decoder tokens before them.
+        positions_T: int64 [T].
+    """
+
+    def __init__(self, request: HeldTensors, n_new: int, device: torch.device) -> None:
+        self.n_new, self.n_before, self.first_position = n_new, request.n_tokens, request.position
+        self.positions_T = torch.arange(request.position, request.position + n_new, device=device)
+        self._n_source = request.n_source
+        self._masks: dict[tuple[int, int | None], tuple[Tensor, Tensor]] = {}
+
+    def hidden(self, layer: HeldLayer) -> tuple[Tensor, Tensor]:
+        """Two bool masks, True = not seen: over the decoder's own keys, those in the layer's buffer before the new
+        ones, [T, C + T]; and over what `visible_source` gives for the first token, followed by these."""
+        kind = (layer.own.length, layer.source_window)
+        if kind not in self._masks:  # one for all layers of a type
+            own = self._hidden_own(layer.own.length)
+            n_seen = layer.visible_source(self.first_position).length
+            source = self._hidden_source(n_seen, layer.source_window)
+            self._masks[kind] = (own, torch.cat([source, own], dim=1))
+        return self._masks[kind]
+
+    def _hidden_own(self, n_columns: int) -> Tensor:
+        """A buffer has as many columns as a token sees of its own, or as the whole text has tokens."""
+        numbers = torch.arange(self.n_before + self.n_new, device=self.positions_T.device)
+        kept, new_T = numbers[: self.n_before][-n_columns:], numbers[self.n_before :]
+        by_column = torch.empty_like(kept).index_put((kept % n_columns,), kept)
+        back_TS = new_T[:, None] - torch.cat([by_column, new_T])
+        return (back_TS < 0) | (back_TS >= n_columns)
+
+    def _hidden_source(self, n_seen: int, window: int | None) -> Tensor:
+        if window is None:
+            return self.positions_T.new_zeros(self.n_new, n_seen, dtype=torch.bool)
+        first = self._n_source - n_seen
+        positions_S = torch.arange(first, self._n_source, device=self.positions_T.device)
+        return self.positions_T[:, None] - positions_S >= window
+
+
+class GuessedKeys:
+    """`LayerKeys` of one layer for tokens that are verified: rows of the step, [T, N, 1, H], which share all keys."""
+
+    def __init__(self, guesses: Guesses, layer: HeldLayer) -> None:
+        self._guesses, self._layer = guesses, layer
+
+    def attend_own(self, attention: Attention, q_BNTH: Tensor, new: KeyValues) -> Tensor:
+        """See `LayerKeys`."""
+        hidden_TS, _ = self._guesses.hidden(self._layer)
+        return _attend_shared(attention, q_BNTH, self._own(new), hidden_TS)
+
+    def attend_both(self, attention: Attention, q_BNTH: Tensor, new: KeyValues) -> Tensor:
+        """See `LayerKeys`."""
+        _, hidden_TS = self._guesses.hidden(self._layer)
+        source = self._layer.visible_source(self._guesses.first_position)
+        return _attend_shared(attention, q_BNTH, (source, *self._own(new)), hidden_TS)
+
+    def attend_source(self, attention: Attention, q_BNTH: Tensor) -> Tensor:
+        """See `LayerKeys`."""
+        return _attend_shared(attention, q_BNTH, (self._layer.source,), None)
+
+    def _own(self, new: KeyValues) -> tuple[KeyValues, KeyValues]:
+        """The row's own keys from before; and the new ones, put where they can be accepted from."""
+        n_new, n_kept = self._guesses.n_new, min(self._guesses.n_before, self._layer.own.length)
+        for guessed_1KCH, new_TK1H in zip(self._layer.guessed, new, strict=True):
+            guessed_1KCH[0, :, :n_new] = new_TK1H[:, :, 0].transpose(0, 1)
+        return self._layer.own.first(n_kept), self._layer.guessed.first(n_new)
+
+
+def _attend_shared(
+    attention: Attention, q_BNTH: Tensor, parts: Sequence[KeyValues], hidden_BS: Tensor | None
+) -> Tensor:
+    """Queries of one text over the same keys."""
+    attended_BNH = attend_everything(
+        q_BNTH[:, :, 0], *parts, scale=attention.scale, softcap=attention.softcap, hidden_BS=hidden_BS
+    )
+    return attention.project(attended_BNH[:, :, None])
