@@ -1,5 +1,7 @@
 """The engine's loop: each step encodes one group of waiting requests and decodes one token of all running ones.
 
+A request that runs alone may have more than one token decoded in a step: what it guesses is verified with its newest.
+
 One thread at a time steps. Requests and cancellations may come from any thread: they lie in an inbox that every
 step empties first.
 """
@@ -17,6 +19,7 @@ from torch import Tensor
 from twofold.infer.backends import Backend, Held
 from twofold.infer.beams import Beams
 from twofold.infer.handle import Handle
+from twofold.infer.lookup import Guesser
 from twofold.infer.samples import Answers, Samples
 from twofold.infer.scheduler import Job, Scheduler
 
@@ -29,8 +32,13 @@ class Running:
     job: Job
     held: Held
     answers: Answers
+    guesser: Guesser | None
     tokens: list[int] = field(default_factory=list)
     """The newest of each row, not yet taken in by the backend."""
+
+    def guess(self) -> list[int]:
+        """What may follow them, where the request asks for guesses and there is one."""
+        return [] if self.guesser is None else self.guesser.guess()
 
 
 class Loop:
@@ -106,8 +114,12 @@ class Loop:
                 assert group or self._running or not self.scheduler.n_waiting  # else nothing would ever run
                 if group:
                     self._start(group)
-                if self._running:
-                    self._decode(list(self._running.values()))
+                running = list(self._running.values())
+                # Guesses ride on the weights that a single row reads anyway; beside others they cost their time.
+                if len(running) == 1 and (guesses := running[0].guess()):
+                    self._verify(running[0], guesses)
+                elif running:
+                    self._decode(running)
             except Exception as error:
                 for job in list(self._handles):
                     self._fail(job, error)
@@ -159,7 +171,8 @@ class Loop:
         for job, (held, logits_V) in zip(group, started, strict=True):
             handle = self._handles[job]
             try:
-                self._running[job] = Running(handle, job, held, self._answers(handle))
+                guesser = handle.prepared.guesser() if self.backend.can_verify else None
+                self._running[job] = Running(handle, job, held, self._answers(handle), guesser)
             except Exception as error:  # the caller's constraint may refuse to be forked
                 self._fail(job, error)
                 continue
@@ -179,6 +192,25 @@ class Loop:
         for running, logits_RV in zip(group, logits, strict=True):
             self._advance(running, logits_RV)
 
+    def _verify(self, running: Running, guesses: Sequence[int]) -> None:
+        """Decode stage of a request with guesses: choose token by token, as long as that gives what was guessed."""
+        try:
+            logits_TV = self.backend.verify(running.held, [*running.tokens, *guesses])
+        except Exception as error:
+            self._fail(running.job, error)
+            return
+        n_right = 0
+        for logits_V in logits_TV:
+            self._advance(running, logits_V[None])
+            if running.job not in self._running:
+                return
+            if n_right == len(guesses) or running.tokens != [guesses[n_right]]:
+                break
+            n_right += 1
+        running.held.accept(1 + n_right)
+        assert running.guesser is not None
+        running.guesser.learn(n_right)
+
     def _advance(self, running: Running, logits_RV: Tensor) -> None:
         """Choose the next tokens of a request, and let it go on or end."""
         try:
@@ -187,6 +219,9 @@ class Loop:
             self._fail(running.job, error)
             return
         running.tokens = advance.tokens
+        if running.guesser is not None:
+            for token in advance.tokens:
+                running.guesser.add(token)
         if not advance.rows:
             self._leave(running.job)
             running.handle.add(advance.deltas)

@@ -10,6 +10,7 @@ from twofold.data.chat import prompt_inputs
 from twofold.data.convention import Convention
 from twofold.infer.backends import Start
 from twofold.infer.limits import check_inputs
+from twofold.infer.lookup import Guesser
 from twofold.infer.request import Request
 from twofold.infer.text_stream import TextStream
 
@@ -28,16 +29,27 @@ class Prepared:
     @property
     def start(self) -> Start:
         """What the backend has to know."""
+        n_new = self.request.max_new_tokens
         return Start(
             source_ids=self.source_ids,
             prefix_ids=self.prefix_ids,
             n_rows=self.request.n_rows,
-            n_tokens=len(self.prefix_ids) + self.request.max_new_tokens - 1,
+            n_tokens=len(self.prefix_ids) + n_new - 1,
+            # The newest token and the guesses; the first comes with the encoding, and the last is not taken in.
+            n_verified=min(self.request.lookup + 1, n_new - 1) if self.request.lookup else 0,
         )
 
     def text_stream(self) -> TextStream | None:
         """A new one, where there is a tokenizer."""
         return None if self.tokenizer is None else TextStream(self.tokenizer, self.request.stop_strings)
+
+    def guesser(self) -> Guesser | None:
+        """A new one, where the request asks for guesses."""
+        request = self.request
+        if not request.lookup:
+            return None
+        given = (*self.source_ids, *self.prefix_ids)
+        return Guesser(given, most=request.lookup, max_new_tokens=request.max_new_tokens)
 
 
 def prepare(request: Request, config: EncoderDecoderConfig, tokenizer: Any) -> Prepared:

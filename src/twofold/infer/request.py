@@ -72,6 +72,11 @@ class Request:
     """Higher goes first."""
     constraint: Constraint | None = None
     """Forked for every sample or beam; itself it stays as it is."""
+    lookup: int = 0
+    """At most so many tokens are guessed at a time from what stands in the source or earlier in the answer, and
+    checked in one step (see `infer.lookup`). It changes no answer, greedy or drawn, beyond the rounding that every
+    batch brings, and pays where an answer repeats its source. While other requests run nothing is guessed. 0:
+    never."""
 
     def __post_init__(self) -> None:
         if (self.prompt is None) == (self.source_ids is None):
@@ -88,6 +93,15 @@ class Request:
         elif self.n > 1 and self.sampling.temperature == 0.0:
             raise ValueError(
                 f"n={self.n} greedy answers would all be equal; set a temperature, or use num_beams"
+            )
+        if self.lookup < 0:
+            raise ValueError(
+                f"lookup must be 0 (no guesses) or the most tokens guessed at a time, got {self.lookup}"
+            )
+        if self.lookup and self.n_rows > 1:
+            raise ValueError(
+                f"lookup={self.lookup} guesses for a single answer, the request has {self.n_rows} rows (samples or "
+                "beams); leave it out, or set n=1 and num_beams=1"
             )
         if self.logprobs is not None and self.logprobs < 0:
             raise ValueError(f"logprobs must be 0 (the chosen token's) or more, got {self.logprobs}")
