@@ -78,7 +78,7 @@ def random_request(rng):
     shape = rng.choice(
         [
             {},
-            {"lookup": rng.randrange(1, 6), "max_new_tokens": rng.randrange(1, 16), "stop_token_ids": (1,)},
+            {"lookup": rng.randrange(1, 6), "max_new_tokens": rng.randrange(1, 30), "stop_token_ids": (1,)},
             {"n": 3, "sampling": Sampling(temperature=1.0)},
             {"num_beams": 2, "n": 2},
         ]
@@ -119,7 +119,7 @@ def test_ten_thousand_requests_leave_nothing_behind():
         "cancelled": True,
     }
     assert 500 < failed < 4000
-    assert backend.n_verifications > 100
+    assert backend.n_verifications > 50
     assert backend.n_accepted > 10
     assert (scheduler.used_bytes, scheduler.used_rows, scheduler.n_waiting, scheduler.n_running) == (
         0,
