@@ -36,14 +36,17 @@ class Steps:
         self._step, self._verify = backend.step, backend.verify
         backend.step, backend.verify = self.step, self.verify
         self.n_together = self.n_alone = self.n_verified = 0
+        self.is_last_verified = False
 
     def step(self, held, tokens):
         self.n_alone += len(held) == 1
         self.n_together += len(held) > 1
+        self.is_last_verified = False
         return self._step(held, tokens)
 
     def verify(self, held, tokens):
         self.n_verified += 1
+        self.is_last_verified = True
         return self._verify(held, tokens)
 
 
@@ -110,17 +113,22 @@ def test_ends_anywhere_within_a_guess():
 
 
 def test_stop_strings_end_within_a_guess(text_model):
-    model = text_model(tie_word_embeddings="none")
+    """By each ten characters of an answer that repeats shorter pieces: the last of them may well be guessed."""
+    model = text_model(tie_word_embeddings="none", layout="separate", reads="final")
     engine = Engine(model, device="cpu")
-    plain = engine.submit(Request(prompt="abab", max_new_tokens=MAX_NEW)).result()[0]
+    steps = Steps(engine)
+    plain = engine.submit(Request(prompt="aaaa", max_new_tokens=MAX_NEW)).result()[0]
     assert len(plain.token_ids) == MAX_NEW
-    for start in range(len(plain.text) - 2):
-        options = {"max_new_tokens": MAX_NEW, "stop": plain.text[start : start + 2]}
-        expected = engine.submit(Request(prompt="abab", **options))
-        found = engine.submit(Request(prompt="abab", lookup=8, **options))
-        assert found.result() == expected.result()
+    n_within = 0
+    for start in range(len(plain.text) - 9):
+        options = {"max_new_tokens": MAX_NEW, "stop": plain.text[start : start + 10]}
+        expected = engine.submit(Request(prompt="aaaa", **options))
+        (completion,) = expected.result()
+        found = engine.submit(Request(prompt="aaaa", lookup=8, **options))
+        assert found.result() == (completion,)
         assert list(found) == list(expected)
-        assert found.result()[0].finish_reason == "stop"
+        n_within += steps.is_last_verified and completion.finish_reason == "stop"
+    assert n_within > 10
     assert_empty(engine)
 
 
@@ -178,13 +186,22 @@ def test_a_verification_that_fails(monkeypatch):
 
 
 def test_a_choice_that_fails_within_a_guess():
-    """The constraint has an end, and the guesses go on beyond it."""
+    """The same token again and again, as guessed, until none is allowed."""
+
+    class Few(OnlyTokens):
+        def apply(self, logits_V):
+            return super().apply(logits_V) if self.tokens else torch.full_like(logits_V, -torch.inf)
+
+        def fork(self):
+            return Few(self.tokens)
+
     engine = Engine(talkative(), device="cpu")
-    constraint = OnlyTokens([5, 6, 7, 5, 6, 7, 5, 6])
-    constraint.apply = lambda logits_V: torch.full_like(logits_V, -torch.inf)
-    constraint.fork = lambda: constraint
+    steps = Steps(engine)
+    handle = engine.submit(ids_request(max_new_tokens=MAX_NEW, lookup=8, constraint=Few([5] * 12)))
     with pytest.raises(RequestFailed, match="no token can be chosen"):
-        engine.submit(ids_request(max_new_tokens=MAX_NEW, lookup=4, constraint=constraint)).result()
+        handle.result()
+    assert steps.is_last_verified
+    assert [delta.token_ids for delta in handle._deltas] == [(5,)] * 12
     assert_empty(engine)
 
 
