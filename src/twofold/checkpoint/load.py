@@ -61,6 +61,7 @@ def read_config(checkpoint: Checkpoint) -> tuple[EncoderDecoderConfig, PairFamil
     config = dict(checkpoint.config)
     model_type = config.get("model_type")
     if model_type == "twofold":
+        config = dict(config.get("pair", config))  # as transformers writes it, or as we do
         config.pop("architectures", None)
         return EncoderDecoderConfig.model_validate(config), None
     if model_type in PAIRS:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -72,6 +72,15 @@ class EncoderDecoder(nn.Module):
         self.model = Stacks(config)
         self.lm_head = LMHead(config.decoder)
         self.tie_weights()
+
+    @classmethod
+    def of_modules(cls, config: EncoderDecoderConfig, model: Stacks, lm_head: LMHead) -> Self:
+        """A pair around modules that are there already, shared and not copied."""
+        pair = cls.__new__(cls)
+        nn.Module.__init__(pair)
+        pair.config, pair.tokenizer, pair.adaptation = config, None, None
+        pair.model, pair.lm_head = model, lm_head
+        return pair
 
     @property
     def encoder(self) -> Encoder:
