@@ -80,7 +80,9 @@ def refuse(**settings: Any) -> None:
             raise ValueError(f"twofold models do not take {name}; leave it out")
 
 
-def as_encoder_output(config: EncoderDecoderConfig, given: Any, attention_mask: Tensor | None) -> EncoderOutput:
+def as_encoder_output(
+    config: EncoderDecoderConfig, given: Any, attention_mask: Tensor | None
+) -> EncoderOutput:
     """What the decoder takes, of what `SourceReader` or the caller made.
 
     Args:
@@ -123,7 +125,9 @@ def take_last_token(
     tokens = locate_tokens(config, "encoder", input_ids, attention_mask)
     is_real_BS = tokens.segments > 0
     if not bool(is_real_BS.any(dim=1).all()):
-        raise ValueError("a source is empty, so it has no last token for the decoder to start from; give it text")
+        raise ValueError(
+            "a source is empty, so it has no last token for the decoder to start from; give it text"
+        )
     index_BS = torch.arange(is_real_BS.shape[1], device=is_real_BS.device).expand_as(is_real_BS)
     last_B1 = torch.where(is_real_BS, index_BS, -1).amax(dim=1, keepdim=True)
     rest_BS = is_real_BS & (index_BS != last_B1)

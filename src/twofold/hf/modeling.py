@@ -71,7 +71,8 @@ class TwofoldForConditionalGeneration(PreTrainedModel, GenerationMixin):  # type
         with torch.device("meta"):
             model = cls(config)
         model.model, model.lm_head = pair.model, pair.lm_head
-        return model.train(pair.training)
+        model.train(pair.training)
+        return model
 
     @property
     def pair(self) -> EncoderDecoder:
@@ -252,7 +253,9 @@ class TwofoldForConditionalGeneration(PreTrainedModel, GenerationMixin):  # type
         if past_key_values is None and (use_cache or (use_cache is None and labels is None)):
             past_key_values = TwofoldCache()
         if decoder_attention_mask is None:
-            decoder_attention_mask = torch.ones_like(decoder_input_ids)  # a pad token that was generated is a token
+            decoder_attention_mask = torch.ones_like(
+                decoder_input_ids
+            )  # a pad token that was generated is a token
         n_new = decoder_input_ids.shape[1]
         x_BTD, _, hidden = self.pair.states(
             decoder_input_ids=decoder_input_ids,
@@ -267,7 +270,9 @@ class TwofoldForConditionalGeneration(PreTrainedModel, GenerationMixin):  # type
             total = F.cross_entropy(
                 logits_BTV.flatten(0, 1), labels.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
             )
-            loss = total / ((labels != IGNORE_INDEX).sum() if num_items_in_batch is None else num_items_in_batch)
+            loss = total / (
+                (labels != IGNORE_INDEX).sum() if num_items_in_batch is None else num_items_in_batch
+            )
         output = Seq2SeqLMOutput(
             loss=loss,
             logits=logits_BTV,
@@ -284,6 +289,7 @@ class TwofoldForConditionalGeneration(PreTrainedModel, GenerationMixin):  # type
     ) -> tuple[Tensor | None, Tensor | None, Tensor]:
         """Source, its mask, and the decoder's first input, by the pair's convention."""
         if self.pair_config.decoder_start == "bos":
+            assert self.pair_config.bos_token_id is not None
             return input_ids, attention_mask, labels.new_full((len(labels), 1), self.pair_config.bos_token_id)
         if input_ids is None:
             raise ValueError(
@@ -331,7 +337,9 @@ class TwofoldForConditionalGeneration(PreTrainedModel, GenerationMixin):  # type
 def _shared_parameters(model: nn.Module) -> dict[str, str]:
     """Every later name of a parameter that has several, with its first."""
     first: dict[int, str] = {}
-    names = [(name, first.setdefault(id(p), name)) for name, p in model.named_parameters(remove_duplicate=False)]
+    names = [
+        (name, first.setdefault(id(p), name)) for name, p in model.named_parameters(remove_duplicate=False)
+    ]
     return {name: source for name, source in names if name != source}
 
 
