@@ -38,6 +38,7 @@ def test_there_are_commands_for_every_verb():
         "train",
         "plan",
         "average",
+        "export",
     }
 
 
