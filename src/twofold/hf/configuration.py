@@ -42,7 +42,8 @@ class TwofoldConfig(PreTrainedConfig):  # type: ignore[misc]
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """As in transformers; also of a config.json in twofold's own format."""
         if "encoder" in config_dict:
-            own = {key: value for key, value in config_dict.items() if key != "architectures"}
+            # Before 5.23, transformers adds entries of its own that begin with an underscore.
+            own = {k: v for k, v in config_dict.items() if k != "architectures" and not k.startswith("_")}
             config_dict = {"model_type": cls.model_type, "pair": own}
         return super().from_dict(config_dict, **kwargs)
 
