@@ -114,6 +114,7 @@ def test_thinking_that_the_template_writes_is_part_of_the_reply(tokenizer, ids, 
         ("{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}", "in another way"),
         ("{% for m in messages %}{{ m.content }}{% endfor %}", "closes a reply with '' .token None"),
         ("{% for m in messages %}{{ m.content }}<bos>{% endfor %}", "closes a reply with '<bos>' .token 258"),
+        ("{{ raise_exception('one user only') }}", r"refuses .* with roles \['user'\]: one user only"),
     ],
 )
 def test_templates_that_cannot_be_used(tokenizer, conventions, template, message):

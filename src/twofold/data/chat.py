@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import cast
 
 import numpy as np
+from jinja2 import TemplateError
 
 from twofold.data.convention import Convention, Example, example_from_prompt, make_example, split_inputs
 from twofold.data.sources import Record
@@ -36,8 +37,8 @@ def prompt_inputs(
         Source int64 [S] and decoder prefix int64 [P].
 
     Raises:
-        ValueError: no chat template, one that cannot be used (see `messages_to_example`), or empty text for
-            a decoder that starts from the last source token.
+        ValueError: no chat template, one that cannot be used (see `messages_to_example`) or refuses the
+            conversation, or empty text for a decoder that starts from the last source token.
     """
     if isinstance(messages_or_text, str):
         return split_inputs(encode(tokenizer, messages_or_text), convention)
@@ -95,7 +96,11 @@ def _with_template(tokenizer: Tokenizer) -> ChatTokenizer:
 
 
 def _render(messages: Messages, tokenizer: ChatTokenizer, *, with_header: bool) -> str:
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=with_header)
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=with_header)
+    except TemplateError as error:
+        roles = [message.get("role") for message in messages]
+        raise ValueError(f"the chat template refuses a conversation with roles {roles}: {error}") from error
 
 
 def _source_and_header(
