@@ -22,7 +22,7 @@ from twofold.infer.loop import Loop
 from twofold.infer.prepare import prepare
 from twofold.infer.request import Completion, Delta, Request
 from twofold.infer.sampling import Sampling
-from twofold.infer.scheduler import Scheduler
+from twofold.infer.scheduler import Job, Scheduler
 from twofold.models import EncoderDecoder
 
 _log = logging.getLogger(__name__)
@@ -138,6 +138,10 @@ class Engine:
         """
         return self._submit_all([request])[0]
 
+    def check(self, request: Request) -> None:
+        """Refuse now what `submit` would refuse, and run nothing. Errors as there."""
+        self._ready([request])
+
     def stream(self, request: Request) -> Iterator[Delta]:
         """The deltas of a request as they come; leaving the loop early cancels it. Errors as in `submit`."""
         handle = self.submit(request)
@@ -225,14 +229,18 @@ class Engine:
 
     def _submit_all(self, requests: Sequence[Request]) -> list[Handle]:
         """All of them, or none where one cannot run."""
+        ready = self._ready(requests)
+        for handle, job in ready:
+            self.loop.submit(handle, job)
+        self._wake.set()
+        return [handle for handle, _ in ready]
+
+    def _ready(self, requests: Sequence[Request]) -> list[tuple[Handle, Job]]:
+        """Checked, but not handed in."""
         self._refuse_if_closed()
         prepared = [prepare(request, self.model.config, self.tokenizer) for request in requests]
         handles = [Handle(p, self._take_step, self._give_up) for p in prepared]
-        jobs = [self.loop.job_of(handle) for handle in handles]
-        for handle, job in zip(handles, jobs, strict=True):
-            self.loop.submit(handle, job)
-        self._wake.set()
-        return handles
+        return [(handle, self.loop.job_of(handle)) for handle in handles]
 
     def _take_step(self) -> bool:
         """False where the engine's own thread does it."""
