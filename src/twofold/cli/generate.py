@@ -1,27 +1,45 @@
-"""`twofold generate`: texts in, continuations out; from the command line or from a file."""
+"""`twofold generate`: texts in, continuations out; from the command line, or from files of any size."""
 
 from __future__ import annotations
 
-import json as json_module
+import shlex
+import sys
 import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.progress import track
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from twofold.checkpoint.load import load
-from twofold.cli.console import err, note, out, print_json
-from twofold.infer import Completion, Engine
+from twofold.cli.console import err, note, print_json
+from twofold.infer import Engine, Request, Sampling
+from twofold.infer.files import Answer, Line, answer_lines, read_lines
+from twofold.infer.journal import Journal, fingerprint, refuse_existing
+
+_MOST_REPORTED = 20
+"""Bad lines that are named on the terminal; all are in the output."""
 
 
 def generate_command(
     model: Annotated[str, typer.Argument(help="An encoder-decoder: folder or hub name.")],
     texts: Annotated[list[str] | None, typer.Argument(help="Texts to continue or answer.")] = None,
     file: Annotated[
-        Path | None, typer.Option("--file", "-f", help='JSON lines with "text" or "messages".')
+        Path | None,
+        typer.Option(
+            "--file", "-f", help='JSON lines with "text" or "messages", and maybe "id"; - is stdin.'
+        ),
     ] = None,
-    out_file: Annotated[Path | None, typer.Option("--out", "-o", help="JSON lines to write.")] = None,
+    out_file: Annotated[
+        Path | None, typer.Option("--out", "-o", help="JSON lines to write, as they come.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on after the last whole line of OUT.")] = False,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Stop at the first bad line instead of skipping it.")
+    ] = False,
     chat: Annotated[
         bool, typer.Option(help="Wrap each text in the chat template, as a user's turn.")
     ] = False,
@@ -29,58 +47,212 @@ def generate_command(
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     top_k: Annotated[int | None, typer.Option(help="Sample from the k most likely tokens.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Sample from the most likely tokens up to p.")] = None,
-    seed: Annotated[int, typer.Option(help="Of sampling.")] = 0,
-    batch_size: Annotated[int, typer.Option(help="Texts that run together.")] = 8,
+    min_p: Annotated[
+        float | None, typer.Option(help="Sample from tokens at least this share as likely as the first.")
+    ] = None,
+    repetition_penalty: Annotated[
+        float, typer.Option(help="Divides logits of tokens already written.")
+    ] = 1.0,
+    frequency_penalty: Annotated[
+        float, typer.Option(help="Subtracted from a token's logit each time it was written.")
+    ] = 0.0,
+    presence_penalty: Annotated[
+        float, typer.Option(help="Subtracted from a token's logit if it was written.")
+    ] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of sampling; text i (the first is 0) draws with seed + i.")] = 0,
+    num_beams: Annotated[int, typer.Option(help="Above 1: beam search.")] = 1,
+    length_penalty: Annotated[
+        float, typer.Option(help="Power of the length by which beams are ranked.")
+    ] = 1.0,
+    n: Annotated[int, typer.Option("-n", help="Answers to each text: samples, or the best beams.")] = 1,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="End before this string; may be given more than once.")
+    ] = None,
+    logprobs: Annotated[
+        int | None, typer.Option(help="Report the likelihood of each token, and of so many others.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Answers that are written together.")] = 8,
     skip_vision: Annotated[bool, typer.Option(help="T5Gemma 2: load without its vision tower.")] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON object per text.")] = False,
+    json: Annotated[
+        bool, typer.Option("--json", help="Answers as JSON lines, and a summary as last line.")
+    ] = False,
 ) -> None:
-    """Answer texts with an encoder-decoder. Greedy, unless a temperature is given."""
-    prompts = _prompts(texts, file, chat)
-    if out_file is not None and out_file.exists():
-        raise FileExistsError(f"{out_file} exists; choose another name or remove it")
-    started = time.perf_counter()
-    engine = Engine(load(model, skip_vision=skip_vision), batch_size=batch_size)
-    note(f"{model} loaded on {engine.device} in {time.perf_counter() - started:.1f} s; {len(prompts)} texts")
+    """Answer texts with an encoder-decoder. Greedy, unless a temperature is given.
 
-    started = time.perf_counter()
-    options: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-    completions: list[Completion] = []
-    for first in track(
-        range(0, len(prompts), batch_size), description="generating", console=err, transient=True
-    ):
-        some = prompts[first : first + batch_size]
-        completions += engine.generate(some, max_new_tokens=max_new_tokens, seed=seed + first, **options)
-    seconds = time.perf_counter() - started
-    n_tokens = sum(len(c.token_ids) for c in completions)
+    Every line of a file gets one line in OUT. One that cannot be answered gets its error there, and the exit status
+    is 1 then.
+    """
+    template = Request(
+        prompt="",
+        max_new_tokens=max_new_tokens,
+        sampling=Sampling(
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            frequency_penalty=frequency_penalty,
+            presence_penalty=presence_penalty,
+            seed=seed,
+        ),
+        n=n,
+        num_beams=num_beams,
+        length_penalty=length_penalty,
+        stop=tuple(stop or ()),
+        logprobs=logprobs,
+    )
+    _refuse_bad_use(texts, file, out_file, resume)
+    with ExitStack() as stack:
+        lines, n_bytes = _input(texts, file, stack)
+        if chat:
+            lines = (_as_chat(line) for line in lines)
+        started = time.perf_counter()
+        loaded = load(model, skip_vision=skip_vision)
+        settings = {"model": model, "weights": fingerprint(loaded), "input": texts or str(file), "chat": chat}
+        settings |= _settings(template)
+        engine = Engine(loaded, batch_size=batch_size)
+        engine.check(replace(template, prompt=None, source_ids=(), prefix_ids=(0,)))
+        note(f"{model} loaded on {engine.device} in {time.perf_counter() - started:.1f} s")
 
-    if out_file is not None:
-        lines = [json_module.dumps(c.to_json(), ensure_ascii=False) for c in completions]
-        out_file.write_text("\n".join(lines) + "\n")
-        note(f"wrote {out_file}")
-    elif json:
-        for completion in completions:
-            print_json(completion.to_json())
-    else:
-        for completion in completions:
-            out.print(completion.text, markup=False)
-    note(f"{n_tokens} tokens in {seconds:.1f} s, {n_tokens / seconds:.1f} tokens/s")
+        if texts and len(texts) == n == num_beams == 1 and sys.stdout.isatty() and not (out_file or json):
+            _stream(engine, replace(template, prompt=next(lines).prompt))
+            return
+        journal = None
+        if out_file is not None:
+            journal = stack.enter_context(Journal(out_file, settings, lines, resume=resume))
+            if journal.n_lines:
+                note(f"going on after line {journal.n_lines:,} of {out_file}")
+        run = _Run(journal, as_json=json or file is not None)
+        answers = stack.enter_context(
+            closing(answer_lines(engine, lines, template, strict=strict or file is None))
+        )
+        try:
+            run.take(_with_progress(answers, n_bytes, journal))
+        except BaseException as error:
+            _say_how_to_go_on(error, journal)
+            raise
+    run.summarise(as_json=json)
+    if run.n_skipped:
+        raise typer.Exit(1)
 
 
-def _prompts(texts: list[str] | None, file: Path | None, chat: bool) -> list[Any]:
+class _Run:
+    """Where answers go, and what they come to."""
+
+    def __init__(self, journal: Journal | None, *, as_json: bool) -> None:
+        self._journal, self._as_json = journal, as_json
+        self._n_lines = self._n_errors = self._n_tokens = 0
+        self._n_before = 0 if journal is None else journal.n_lines
+        self._n_errors_before = 0 if journal is None else journal.n_errors
+        self._started = time.perf_counter()
+
+    @property
+    def n_skipped(self) -> int:
+        """Bad lines, those of earlier parts of a resumed run included."""
+        return self._n_errors_before + self._n_errors
+
+    def take(self, answers: Iterable[Answer]) -> None:
+        """Write them as they come."""
+        for answer in answers:
+            self._n_lines += 1
+            self._n_tokens += answer.n_tokens
+            if answer.error is not None:
+                self._n_errors += 1
+                if self._n_errors <= _MOST_REPORTED:
+                    note(f"line {answer.line.number} skipped: {answer.error}")
+            if self._journal is not None:
+                self._journal.write(answer)
+            elif self._as_json:
+                print_json(answer.to_json())
+            else:
+                for completion in answer.completions:
+                    print(completion.text, flush=True)
+
+    def summarise(self, *, as_json: bool) -> None:
+        """Say how much was done."""
+        seconds = time.perf_counter() - self._started
+        summary = {
+            "lines": self._n_before + self._n_lines,
+            "skipped": self.n_skipped,
+            "resumed_after": self._n_before,
+            "tokens": self._n_tokens,
+            "seconds": round(seconds, 3),
+            "tokens_per_s": round(self._n_tokens / seconds, 1),
+            "out": None if self._journal is None else str(self._journal.path),
+        }
+        if self._journal is not None:
+            note(f"wrote {self._journal.path}, {self._journal.n_lines:,} lines")
+        note(f"{self._n_tokens:,} tokens in {seconds:.1f} s, {self._n_tokens / seconds:,.1f} tokens/s")
+        if self.n_skipped:
+            note(f'{self.n_skipped:,} of {summary["lines"]:,} lines were skipped; they have an "error"')
+        if as_json:
+            print_json(summary)
+
+
+def _refuse_bad_use(texts: list[str] | None, file: Path | None, out_file: Path | None, resume: bool) -> None:
+    """What can be known before the model is loaded."""
     if bool(texts) == (file is not None):
         raise ValueError("give texts on the command line, or a file with --file: exactly one of them")
-    prompts: list[Any] = list(texts or ())
-    if file is not None:
-        for number, line in enumerate(file.read_text().splitlines(), start=1):
-            if not line.strip():
-                continue
-            try:
-                record = json_module.loads(line)
-                prompts.append(record["messages"] if "messages" in record else record["text"])
-            except (json_module.JSONDecodeError, KeyError, TypeError) as error:
-                raise ValueError(
-                    f'{file}, line {number}: need a JSON object with "text" or "messages" ({error})'
-                ) from error
-    if chat:
-        prompts = [[{"role": "user", "content": p}] if isinstance(p, str) else p for p in prompts]
-    return prompts
+    if resume and out_file is None:
+        raise ValueError("--resume continues a file; name it with --out")
+    if out_file is not None and not resume:
+        refuse_existing(out_file)
+
+
+def _input(texts: list[str] | None, file: Path | None, stack: ExitStack) -> tuple[Iterator[Line], int | None]:
+    """Lines, and how many bytes they take; None where nobody knows."""
+    if file is None:
+        lines = [Line(number=number, prompt=text) for number, text in enumerate(texts or (), start=1)]
+        return iter(lines), None
+    if str(file) == "-":
+        return read_lines(sys.stdin.buffer), None
+    return read_lines(stack.enter_context(file.open("rb"))), file.stat().st_size
+
+
+def _as_chat(line: Line) -> Line:
+    if not isinstance(line.prompt, str):
+        return line
+    return replace(line, prompt=[{"role": "user", "content": line.prompt}])
+
+
+def _settings(template: Request) -> Mapping[str, Any]:
+    """What the answers depend on, of a request."""
+    names = ("max_new_tokens", "n", "num_beams", "length_penalty", "stop", "logprobs")
+    return {**template.sampling.model_dump(), **{name: getattr(template, name) for name in names}}
+
+
+def _with_progress(
+    answers: Iterator[Answer], n_bytes: int | None, journal: Journal | None
+) -> Iterator[Answer]:
+    """A bar on a terminal that shows nothing else."""
+    is_shown = err.is_terminal and (journal is not None or not sys.stdout.isatty())
+    columns = TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn()
+    n_tokens, started = 0, time.perf_counter()
+    with Progress(*columns, console=err, transient=True, disable=not is_shown) as progress:
+        n_done = 0 if journal is None else journal.n_input_bytes
+        bar = progress.add_task("generating", total=n_bytes, completed=n_done)
+        for answer in answers:
+            n_tokens += answer.n_tokens
+            speed = n_tokens / (time.perf_counter() - started)
+            what = f"line {answer.line.number:,}, {speed:,.0f} tokens/s"
+            progress.update(bar, advance=answer.line.n_bytes, description=what)
+            yield answer
+
+
+def _stream(engine: Engine, request: Request) -> None:
+    """One answer, written as it comes."""
+    for delta in engine.stream(request):
+        print(delta.text, end="", flush=True)
+    print()
+
+
+def _say_how_to_go_on(error: BaseException, journal: Journal | None) -> None:
+    if journal is None:
+        return
+    command = [word for word in sys.argv[1:] if word != "--resume"]
+    line = shlex.join(["twofold", *command, "--resume"])
+    there = f"{journal.path} has the answers to the first {journal.n_lines:,} lines; go on with: {line}"
+    if isinstance(error, KeyboardInterrupt):
+        note(f"stopped: {there}")
+        raise typer.Exit(130) from error
+    error.add_note(there)
