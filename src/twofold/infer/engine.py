@@ -16,11 +16,12 @@ from twofold.data.chat import Messages, prompt_inputs
 from twofold.data.convention import Convention
 from twofold.data.tokenize import encode
 from twofold.infer.backends import TorchBackend
+from twofold.infer.constraints import Grammars, Schema
 from twofold.infer.handle import Handle
 from twofold.infer.likelihood import Pooling, Score, embed_sources, score_targets
 from twofold.infer.loop import Loop
 from twofold.infer.prepare import prepare
-from twofold.infer.request import Completion, Delta, Request
+from twofold.infer.request import Completion, Constraint, Delta, Request
 from twofold.infer.sampling import Sampling
 from twofold.infer.scheduler import Job, Scheduler
 from twofold.models import EncoderDecoder
@@ -70,6 +71,7 @@ class Engine:
             max_bytes=self.cache_bytes, max_rows=batch_size, max_encode_tokens=encode_tokens
         )
         self.loop = Loop(TorchBackend(self.model), scheduler, self.device)
+        self._made_grammars: Grammars | None = None
         self._thread: threading.Thread | None = None
         self._wake = threading.Event()
         self._is_closed = False
@@ -202,6 +204,19 @@ class Engine:
             sources.append((np.concatenate([source, prefix]) if takes_last else source).tolist())
         return embed_sources(self.model, sources, pooling)
 
+    def json_schema(self, schema: Schema) -> Constraint:
+        """For `Request(constraint=...)`: answers are JSON that is valid against a schema. See `infer.constraints`.
+
+        Raises:
+            ValueError: there is no tokenizer, or the schema cannot be followed.
+            ImportError: the extra `grammar` is missing.
+        """
+        return self._grammars().json_schema(schema)
+
+    def regex(self, pattern: str) -> Constraint:
+        """Likewise: answers match a regular expression as a whole. Errors likewise."""
+        return self._grammars().regex(pattern)
+
     def start(self) -> None:
         """Work in a background thread from now on."""
         self._refuse_if_closed()
@@ -269,6 +284,15 @@ class Engine:
     def _refuse_if_closed(self) -> None:
         if self._is_closed:
             raise RuntimeError("the engine was closed; make a new one")
+
+    def _grammars(self) -> Grammars:
+        if self._made_grammars is None:
+            self._made_grammars = Grammars(
+                self._tokenizer_for_text(),
+                self.model.config.decoder.vocab_size,
+                self.convention.stop_token_ids,
+            )
+        return self._made_grammars
 
     def _tokenizer_for_text(self) -> Any:
         if self.tokenizer is None:
