@@ -174,6 +174,29 @@ def test_options_reach_the_request(run, pair):
     assert records(out)[0]["answers"] == [c.to_json() for c in engine.submit(request).result()]
 
 
+def test_answers_by_schema_and_pattern(run, pair, inputs, tmp_path):
+    pytest.importorskip("xgrammar", reason='needs the extra "grammar"')
+    schema, path = tmp_path / "schema.json", tmp_path / "out.jsonl"
+    schema.write_text('{"type": "array", "items": {"enum": ["a", "b"]}, "minItems": 1, "maxItems": 3}')
+    command = ["generate", pair, "-f", inputs, "-o", path, *SAMPLED, "--max-new-tokens", "30"]
+    assert run(*command, "--json-schema", schema)[0] == 1
+    for record in records(path.read_text()):
+        if "error" not in record:
+            found = json.loads(record["text"])
+            assert 1 <= len(found) <= 3
+            assert set(found) <= {"a", "b"}
+    status, _, err = run(*command, "--regex", "a+", "--resume")
+    assert status == 2
+    assert "json_schema was '{" in err
+    assert "regex was None, now 'a+'" in err
+    status, out, _ = run("generate", pair, "hello", "--regex", "(yes|no)!")
+    assert status == 0
+    assert out.strip() in ("yes!", "no!")
+    status, _, err = run("generate", pair, "hello", "--regex", "a", "--json-schema", schema)
+    assert status == 2
+    assert "give one of them" in err
+
+
 def test_texts_are_printed_as_they_are(run, pair, monkeypatch):
     monkeypatch.setenv("COLUMNS", "20")
     status, out, _ = run("generate", pair, "hello", "you", "--max-new-tokens", "40")

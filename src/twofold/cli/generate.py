@@ -71,6 +71,10 @@ def generate_command(
     logprobs: Annotated[
         int | None, typer.Option(help="Report the likelihood of each token, and of so many others.")
     ] = None,
+    json_schema: Annotated[
+        Path | None, typer.Option(help="Answers are JSON that is valid against the schema in this file.")
+    ] = None,
+    regex: Annotated[str | None, typer.Option(help="Answers match this pattern as a whole.")] = None,
     batch_size: Annotated[int, typer.Option(help="Answers that are written together.")] = 8,
     skip_vision: Annotated[bool, typer.Option(help="T5Gemma 2: load without its vision tower.")] = False,
     json: Annotated[
@@ -102,15 +106,29 @@ def generate_command(
         logprobs=logprobs,
     )
     _refuse_bad_use(texts, file, out_file, resume)
+    if json_schema is not None and regex is not None:
+        raise ValueError("--json-schema and --regex each say what answers are; give one of them")
+    schema = None if json_schema is None else json_schema.read_text(encoding="utf-8")
     with ExitStack() as stack:
         lines, n_bytes = _input(texts, file, stack)
         if chat:
             lines = (_as_chat(line) for line in lines)
         started = time.perf_counter()
         loaded = load(model, skip_vision=skip_vision)
-        settings = {"model": model, "weights": fingerprint(loaded), "input": texts or str(file), "chat": chat}
-        settings |= _settings(template)
+        settings = {
+            "model": model,
+            "weights": fingerprint(loaded),
+            "input": texts or str(file),
+            "chat": chat,
+            "json_schema": schema,
+            "regex": regex,
+            **_settings(template),
+        }
         engine = Engine(loaded, batch_size=batch_size)
+        if schema is not None:
+            template = replace(template, constraint=engine.json_schema(schema))
+        elif regex is not None:
+            template = replace(template, constraint=engine.regex(regex))
         engine.check(replace(template, prompt=None, source_ids=(), prefix_ids=(0,)))
         note(f"{model} loaded on {engine.device} in {time.perf_counter() - started:.1f} s")
 
