@@ -152,20 +152,49 @@ def test_from_standard_input_to_standard_output(run, pair, monkeypatch):
     assert [(record["line"], record.get("id")) for record in records(out)] == [(1, 5), (2, None)]
 
 
-def test_options_reach_the_request(run, pair):
+OPTIONS = {
+    "top_k": 2,
+    "top_p": 0.3,
+    "min_p": 0.9,
+    "repetition_penalty": 5.0,
+    "frequency_penalty": -9.0,
+    "presence_penalty": -9.0,
+    "seed": 3,
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_sampling_options_reach_the_request(run, pair, name):
+    common = {"temperature": 1.2}
+    option = [f"--{name.replace('_', '-')}", OPTIONS[name]]
+    command = ["generate", pair, "hello", "--json", "--max-new-tokens", "12", "--temperature", "1.2"]
+    status, out, err = run(*command, *option)
+    assert status == 0, err
+    engine = twofold.Engine(twofold.load(pair), device="cpu")
+    with_it, without = (
+        engine.generate(["hello"], max_new_tokens=12, **common, **options)[0]
+        for options in ({name: OPTIONS[name]}, {})
+    )
+    assert with_it != without  # else it would tell nothing
+    assert records(out)[0] == {"line": 1, **with_it.to_json()}
+
+
+def test_other_options_reach_the_request(run, pair):
+    engine = twofold.Engine(twofold.load(pair), device="cpu")
+    sampling = Sampling(temperature=1.2)
+    free = engine.generate(["hello"], max_new_tokens=12, temperature=1.2)[0].text
+    stop = next(char for char in free[2:] if char.isascii() and char.isprintable() and char not in "- ")
     status, out, err = run(
-        "generate", pair, "hello", "--json", "--max-new-tokens", "6", "--temperature", "1.2", "--top-k", "50",
-        "--top-p", "0.9", "--min-p", "0.01", "--repetition-penalty", "1.2", "--frequency-penalty", "0.3",
-        "--presence-penalty", "0.1", "--seed", "3", "-n", "2", "--stop", "q", "--stop", "é", "--logprobs", "1",
+        "generate", pair, "hello", "--json", "--max-new-tokens", "12", "--temperature", "1.2", "-n", "2",
+        "--stop", "never there", "--stop", stop, "--logprobs", "1",
     )  # fmt: skip
     assert status == 0, err
-    sampling = Sampling(
-        temperature=1.2, top_k=50, top_p=0.9, min_p=0.01, repetition_penalty=1.2, frequency_penalty=0.3,
-        presence_penalty=0.1, seed=3,
-    )  # fmt: skip
-    request = Request(prompt="hello", max_new_tokens=6, sampling=sampling, n=2, stop=("q", "é"), logprobs=1)
-    engine = twofold.Engine(twofold.load(pair), device="cpu")
-    assert records(out)[0]["answers"] == [c.to_json() for c in engine.submit(request).result()]
+    request = Request(
+        prompt="hello", max_new_tokens=12, sampling=sampling, n=2, stop=("never there", stop), logprobs=1
+    )
+    answers = records(out)[0]["answers"]
+    assert answers == [c.to_json() for c in engine.submit(request).result()]
+    assert len(answers[0]["text"]) < len(free)
     options = "--num-beams 3 -n 2 --length-penalty 0.5 --max-new-tokens 4 --chat --json"
     status, out, err = run("generate", pair, "hello", *options.split())
     assert status == 0, err
