@@ -13,7 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("twofold", "torch", "transformers", "safetensors", "numpy", "gguf")
+PACKAGES = ("twofold", "torch", "transformers", "safetensors", "numpy", "gguf", "ctranslate2", "openvino")
 
 
 def result(name: str, metrics: dict[str, float], details: dict[str, Any]) -> dict[str, Any]:

@@ -87,8 +87,8 @@ def t5gemma_config(shape: Shape, vocab_size: int) -> EncoderDecoderConfig:
 
 
 @torch.no_grad()
-def write_model(shape: Shape, vocab_size: int, folder: Path) -> None:
-    """Random weights in T5Gemma's format, float32, with SmolLM2's tokenizer."""
+def write_model(shape: Shape, vocab_size: int, folder: Path, tokenizer: Any = None) -> None:
+    """Random weights in T5Gemma's format, float32, with SmolLM2's tokenizer unless another is given."""
     model = twofold.EncoderDecoder(t5gemma_config(shape, vocab_size))
     model.initialise_randomly(seed=0)
     for name, parameter in model.named_parameters():
@@ -98,7 +98,7 @@ def write_model(shape: Shape, vocab_size: int, folder: Path) -> None:
             parameter.mul_(SCORE_SPREAD / (stack.hidden_size * stack.initializer_range**2))
         elif name == "model.decoder.norm.weight":
             parameter.fill_(STATE_SCALE - 1)  # the norm multiplies by 1 + weight
-    model.tokenizer = smollm2_tokenizer()
+    model.tokenizer = tokenizer if tokenizer is not None else smollm2_tokenizer()
     twofold.save(model, folder, format="t5gemma")
 
 

@@ -83,6 +83,10 @@ class Timed:
     """Of all rows."""
     n_tokens_at_first: int
     """Of all rows at `first_s`: rows that were encoded earlier may have several."""
+    n_steps: int | None = None
+    """Of the engine; None for what does not show its steps."""
+    first_step_s: float | None = None
+    """Until its first step ended, in which what fits one group was encoded."""
 
     @property
     def decode_tokens_per_s(self) -> float | None:
@@ -90,6 +94,13 @@ class Timed:
         # Of beams all tokens come at the end.
         later = self.n_tokens - self.n_tokens_at_first
         return later / (self.total_s - self.first_s) if later else None
+
+    @property
+    def steps_per_s(self) -> float | None:
+        """After the first step; None where there was one only, or none was seen."""
+        if self.n_steps is None or self.first_step_s is None or self.n_steps < 2:
+            return None
+        return (self.n_steps - 1) / (self.total_s - self.first_step_s)
 
 
 def time_batch(engine: Engine, requests: Sequence[Request]) -> tuple[Timed, list[tuple[Completion, ...]]]:
@@ -106,7 +117,8 @@ def time_batch(engine: Engine, requests: Sequence[Request]) -> tuple[Timed, list
     handles = [engine.submit(request) for request in requests]
     waiting = set(range(len(handles)))
     n_tokens = n_tokens_at_first = 0
-    first_s = 0.0
+    first_s = first_step_s = 0.0
+    n_steps = 0
 
     def note(index: int, delta: Delta | None) -> None:
         nonlocal n_tokens, n_tokens_at_first, first_s
@@ -119,11 +131,21 @@ def time_batch(engine: Engine, requests: Sequence[Request]) -> tuple[Timed, list
 
     for index, handle in enumerate(handles):
         handle.listen(partial(note, index))
-    while engine.loop.step():
-        pass
+    is_open = True
+    while is_open:
+        is_open = engine.loop.step()
+        n_steps += 1
+        first_step_s = first_step_s or time.perf_counter() - started
     answers = [handle.result() for handle in handles]
     total_s = time.perf_counter() - started
-    timed = Timed(first_s=first_s, total_s=total_s, n_tokens=n_tokens, n_tokens_at_first=n_tokens_at_first)
+    timed = Timed(
+        first_s=first_s,
+        total_s=total_s,
+        n_tokens=n_tokens,
+        n_tokens_at_first=n_tokens_at_first,
+        n_steps=n_steps,
+        first_step_s=first_step_s,
+    )
     return timed, answers
 
 
