@@ -39,6 +39,7 @@ def test_there_are_commands_for_every_verb():
         "plan",
         "average",
         "export",
+        "bench",
     }
 
 
