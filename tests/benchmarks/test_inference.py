@@ -307,11 +307,12 @@ def test_options():
     core = inference.parse_options(["--core"])
     assert (core.model, core.part, core.case, core.batch) == (
         ["b_b_49k"],
-        ["speed", "modes"],
+        ["speed"],
         [(512, 64)],
         [1, 8],
     )
     assert {"ours_int4", "ctranslate2_int8", "transformers_bfloat16_compiled"} <= set(core.system)
+    assert "transformers_float32_compiled" not in core.system
     named = inference.parse_options(["--core", "--batch", "2", "--case", "9/3", "--system", "ours_int8"])
     assert (named.case, named.batch, named.system) == ([(9, 3)], [2], ["ours_int8"])
     everything = inference.parse_options([])

@@ -13,7 +13,13 @@ def call(tmp_path, text_model, monkeypatch):
     folder = tmp_path / "model"
     twofold.save(text_model(), folder, format="twofold")
     monkeypatch.setattr(bench_cli.out, "width", 160)
-    monkeypatch.setattr(bench_cli, "bench", lambda plans, watch: bench(plans, run=measure, watch=watch))
+    plans_seen = []
+
+    def in_this_process(plans, watch):
+        plans_seen.extend(plans)
+        return bench(plans, run=measure, watch=watch)
+
+    monkeypatch.setattr(bench_cli, "bench", in_this_process)
 
     def run(**options):
         defaults = {
@@ -21,6 +27,7 @@ def call(tmp_path, text_model, monkeypatch):
             "threads": 1, "quality": None, "quality_texts": 2, "skip_vision": False, "json": True,
         }  # fmt: skip
         bench_cli.bench_command(str(folder), **(defaults | options))
+        return plans_seen
 
     return run
 
@@ -42,7 +49,8 @@ def test_tables_and_one_json_object(call, capsys):
 def test_a_file_of_texts(call, tmp_path, capsys):
     file = tmp_path / "texts.jsonl"
     file.write_text('{"text": "good morning"}\n{"prompt": "good", "completion": " night"}\n')
-    call(quality=str(file), json=False)
+    (plan,) = call(quality=str(file), json=False)
+    assert plan.records == ({"text": "good morning"}, {"prompt": "good", "completion": " night"})
     assert "perplexity" in capsys.readouterr().out
     call(json=False)
     assert "perplexity" not in capsys.readouterr().out
