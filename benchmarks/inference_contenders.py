@@ -16,8 +16,8 @@ from torch import Tensor
 
 import twofold
 from twofold.infer import Sampling
-from twofold.infer.backends import Start
-from twofold.infer.timing import BackendName, Precision, Timed, make_engine, request_of, time_batch
+from twofold.infer.backends import BackendName, Precision, Start
+from twofold.infer.timing import Timed, make_engine, request_of, time_batch
 
 Ids = list[list[int]]
 

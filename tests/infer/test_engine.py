@@ -384,10 +384,20 @@ class TestFailuresOfTheBackend:
     def test_a_step_that_fails_is_tried_one_by_one(self, monkeypatch):
         model = build(pair_config(stack()))
         engine = Engine(model, device="cpu")
-        step = engine.loop.backend.step
+        start, step = engine.loop.backend.start, engine.loop.backend.step
+        running = {}
+
+        def noting(starts):
+            started = start(starts)
+            running.update(
+                (len(s.source_ids) - 1, held) for s, (held, _) in zip(starts, started, strict=True)
+            )
+            return started
+
+        monkeypatch.setattr(engine.loop.backend, "start", noting)
 
         def failing(held, tokens):
-            if any(h.n_source == 2 for h in held) and held[0].n_tokens == 3:
+            if running[1] in held and held[0].n_tokens == 3:
                 raise MemoryError("too much")
             return step(held, tokens)
 
@@ -402,9 +412,9 @@ class TestFailuresOfTheBackend:
 
     def test_logits_that_are_no_numbers(self):
         model = build(pair_config(stack()))
-        engine = Engine(model, device="cpu")
         with torch.no_grad():
             model.decoder.norm.weight.fill_(torch.nan)
+        engine = Engine(model, device="cpu")
         with pytest.raises(RequestFailed, match="logits are not finite"):
             engine.submit(ids_request()).result()
 

@@ -57,35 +57,22 @@ def test_random_sources():
 
 def test_engines():
     model = build(pair_config(stack()))
-    assert make_engine(model, precision="bfloat16", batch_size=3, threads=1).batch_size == 3
+    engine = make_engine(model, backend="torch", precision="bfloat16", batch_size=3, threads=1)
+    assert engine.batch_size == 3
     assert model.lm_head.out_proj.weight.dtype == torch.bfloat16
 
 
-def test_what_an_engine_does_not_take_is_not_available(monkeypatch):
-    class Plain:
-        def __init__(self, model, *, batch_size=8):
-            pass
-
-    monkeypatch.setattr(timing_module, "Engine", Plain)
-    for settings in ({"backend": "openvino"}, {"precision": "int8"}, {"precision": "int4"}):
-        with pytest.raises(NotAvailableError, match="float32 and bfloat16 on PyTorch"):
-            make_engine(build(pair_config(stack())), **settings)
-
-
-def test_an_engine_with_precisions_gets_them_all(monkeypatch):
-    got = {}
-
-    class Precise:
-        def __init__(self, model, *, backend, precision, batch_size, threads):
-            if backend == "openvino":
-                raise ImportError("pip install openvino")
-            got.update(backend=backend, precision=precision, batch_size=batch_size, threads=threads)
-
-    monkeypatch.setattr(timing_module, "Engine", Precise)
+def test_what_cannot_be_had_is_not_available(monkeypatch):
     model = build(pair_config(stack()))
-    make_engine(model, precision="int8", batch_size=2, threads=1)
-    assert got == {"backend": "auto", "precision": "int8", "batch_size": 2, "threads": 1}
-    assert model.lm_head.out_proj.weight.dtype == torch.float32  # the engine's business
+    with pytest.raises(
+        NotAvailableError, match=r"backend='torch' with precision='int8' .* float32 and bfloat16"
+    ):
+        make_engine(model, backend="torch", precision="int8")
+
+    def missing(model, **settings):
+        raise ImportError("pip install openvino")
+
+    monkeypatch.setattr(timing_module, "Engine", missing)
     with pytest.raises(NotAvailableError, match=r"'openvino'.*pip install openvino"):
         make_engine(model, backend="openvino")
 

@@ -11,9 +11,9 @@ from rich.progress import track
 from rich.table import Table
 
 from twofold.cli.console import err, note, out, print_json
+from twofold.infer.backends import BACKENDS, PRECISIONS, BackendName, Precision
 from twofold.infer.bench import BatchFigures, Failed, Figures, Plan, Report, bench
 from twofold.infer.quality import read_texts
-from twofold.infer.timing import BACKENDS, PRECISIONS, BackendName, Precision
 
 DOCUMENTATION = "python-docs"
 """In place of a file: the texts that are on every machine."""

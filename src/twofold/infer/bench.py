@@ -14,12 +14,11 @@ import torch
 
 from twofold.checkpoint.load import load
 from twofold.config import EncoderDecoderConfig
+from twofold.infer.backends import BackendName, Precision
 from twofold.infer.engine import Engine
 from twofold.infer.quality import Measured, Quality, compare, measure_quality, references
 from twofold.infer.timing import (
-    BackendName,
     NotAvailableError,
-    Precision,
     Timed,
     forget_peak,
     make_engine,

@@ -15,7 +15,7 @@ from torch import Tensor
 from twofold.data.chat import Messages, prompt_inputs
 from twofold.data.convention import Convention
 from twofold.data.tokenize import encode
-from twofold.infer.backends import TorchBackend
+from twofold.infer.backends import BackendName, Precision, make_backend
 from twofold.infer.constraints import Grammars, Schema
 from twofold.infer.handle import Handle
 from twofold.infer.likelihood import Pooling, Score, embed_sources, score_targets
@@ -37,21 +37,30 @@ class Engine:
 
     Args:
         model: moved to `device` and put into eval mode. Without a tokenizer it takes token ids only.
+        backend: what runs it, see `infer.backends.make_backend`. `auto`: PyTorch on CUDA; on the CPU OpenVINO if
+            the extra `cpu` is installed, else PyTorch.
+        precision: `float32`, `bfloat16`, or weights in `int8` or `int4`. None: the model's own dtype. Likelihoods and
+            embeddings (`score`, `embed`) are always computed by the model itself.
         device: default: CUDA where there is one, else the CPU.
+        threads: of the processor. None: one for each core.
         batch_size: rows (answers, samples, beams) that are decoded together.
         cache_bytes: of keys and values of all running requests together. Default: a quarter of the machine's
             memory, or half of what is free on the GPU.
         encode_tokens: source tokens, padding included, that are encoded together between two decoding steps.
 
     Raises:
-        ValueError: a size below 1.
+        ValueError: a size below 1, or a backend or precision that cannot be had here.
+        ImportError: a backend whose packages are missing.
     """
 
     def __init__(
         self,
         model: EncoderDecoder,
         *,
+        backend: BackendName = "auto",
+        precision: Precision | None = None,
         device: str | torch.device | None = None,
+        threads: int | None = None,
         batch_size: int = 8,
         cache_bytes: int | None = None,
         encode_tokens: int = 4096,
@@ -70,7 +79,8 @@ class Engine:
         scheduler = Scheduler(
             max_bytes=self.cache_bytes, max_rows=batch_size, max_encode_tokens=encode_tokens
         )
-        self.loop = Loop(TorchBackend(self.model), scheduler, self.device)
+        runner = make_backend(self.model, backend=backend, precision=precision, threads=threads)
+        self.loop = Loop(runner, scheduler, self.device)
         self._made_grammars: Grammars | None = None
         self._thread: threading.Thread | None = None
         self._wake = threading.Event()

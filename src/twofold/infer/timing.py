@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import random
 import sys
 import time
@@ -11,21 +10,16 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
-import torch
 
 from twofold.config import EncoderDecoderConfig
 from twofold.data.convention import Convention, split_inputs
+from twofold.infer.backends import BackendName, Precision
 from twofold.infer.engine import Engine
 from twofold.infer.request import Completion, Delta, Request
 from twofold.models import EncoderDecoder
-
-BackendName = Literal["auto", "torch", "openvino"]
-Precision = Literal["float32", "bfloat16", "int8", "int4"]
-BACKENDS: tuple[BackendName, ...] = get_args(BackendName)
-PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 
 
 class NotAvailableError(ValueError):
@@ -52,20 +46,8 @@ def make_engine(
     Raises:
         NotAvailableError: see there.
     """
-    settings: dict[str, Any] = {"batch_size": batch_size}
-    if "precision" in inspect.signature(Engine).parameters:
-        settings |= {"backend": backend, "precision": precision, "threads": threads}
-    else:
-        if backend == "openvino" or precision in ("int8", "int4"):
-            raise NotAvailableError(
-                f"backend={backend!r} with precision={precision!r} is not available: this version of the engine runs "
-                "float32 and bfloat16 on PyTorch; use backend='torch' with one of these"
-            )
-        if threads is not None:
-            torch.set_num_threads(threads)
-        model = model.to(getattr(torch, precision))
     try:
-        return Engine(model, **settings)
+        return Engine(model, backend=backend, precision=precision, batch_size=batch_size, threads=threads)
     except (ValueError, ImportError) as error:
         raise NotAvailableError(
             f"backend={backend!r} with precision={precision!r} is not available: {error}"

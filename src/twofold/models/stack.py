@@ -162,15 +162,16 @@ class DecoderBlock(Block):
         self, x_BTD: Tensor, memory_BSE: Tensor, view: DecoderView, past: LayerCache | None
     ) -> tuple[Tensor, LayerCache]:
         """`forward` up to the MLP."""
-        if past is None:
-            reader = self.self_attn if self.is_merged else self.cross_attn
-            source = reader.source_keys_values(memory_BSE, view.source_rope)
-        else:
-            source = past.source
+        source = self.read_source(memory_BSE, view.source_rope) if past is None else past.source
         keys = MaskedKeys(view, source, None if past is None else past.own)
         x_BTD = self.sublayers(x_BTD, view.rope, view.rope if view.rotates_cross else None, keys)
         assert keys.own is not None
         return x_BTD, LayerCache(keys.own, source)
+
+    def read_source(self, memory_BSE: Tensor, rope: RopeTables | None) -> KeyValues:
+        """Keys and values of the source, each [B, K, S, H]."""
+        reader = self.self_attn if self.is_merged else self.cross_attn
+        return reader.source_keys_values(memory_BSE, rope)
 
     def sublayers(
         self, x_BTD: Tensor, rope: RopeTables, cross_rope: RopeTables | None, keys: LayerKeys
@@ -320,6 +321,17 @@ class Decoder(Stack):
             cache.layers, cache.segments, cache.is_plain = kept, own_tokens.segments, own_tokens.is_plain
         x_BTD = self.dropout(self.norm(x_BTD))
         return x_BTD, (*hidden, x_BTD) if output_hidden_states else ()
+
+    def read_source(self, source: EncoderOutput) -> list[KeyValues]:
+        """Keys and values of the source for every layer."""
+        rope = self.rope(source.tokens.positions) if self.cross_rope else {}
+        return [
+            layer.read_source(source.memory[i if len(source.memory) > 1 else 0], rope.get(layer_type))
+            for i, (layer, layer_type) in enumerate(
+                zip(self.layers, self.stack_config.layer_types, strict=True)
+            )
+            if isinstance(layer, DecoderBlock)
+        ]
 
     def step(self, input_ids: Tensor, positions: Tensor, keys: Sequence[LayerKeys]) -> Tensor:
         """One token more for rows whose keys and values somebody else keeps.

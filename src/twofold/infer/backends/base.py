@@ -7,9 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 from torch import Tensor
+
+BackendName = Literal["auto", "torch", "openvino"]
+Precision = Literal["float32", "bfloat16", "int8", "int4"]
+"""Of weights and computation; what that means for products and cache is the backend's."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,0 +1,237 @@
+"""The decoder as a chain of OpenVINO graphs, cut where attention reads keys and values.
+
+Between two cuts nothing depends on other tokens, so a call takes M tokens of any rows and places, without padding;
+attention itself is `ragged.attend`. For a separate layout the chain is: queries, keys and values of layer 0 | its
+output projection, queries of its cross-attention | output projection, MLP, queries, keys and values of layer 1 | ...
+| logits. The merged layout has every other cut only.
+
+Letters: M tokens, D width, N query heads, K key-value heads, H head_dim, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import openvino as ov
+import openvino.opset15 as op
+import torch
+from torch import Tensor, nn
+
+from twofold.config import LayerType
+from twofold.infer.backends.openvino.lower import Lowering, Node, Rope, ints, model_of, parameter
+from twofold.infer.backends.ragged import Floats
+from twofold.models import EncoderDecoder
+from twofold.models.attention import Attention
+from twofold.models.stack import DecoderBlock
+
+_KEPT_SIZES = 16
+"""Numbers of tokens M for which buffers are kept."""
+_KEPT_TOKENS = 64
+"""Larger calls, which are prefixes and not steps, are given theirs anew."""
+
+
+class Attend(Protocol):
+    """Attention of one sub-layer over what is kept of every token's row, into `out` [M, N, H]."""
+
+    def __call__(
+        self, layer: int, attention: Attention, q: Floats, new: tuple[Floats, Floats] | None, out: Floats
+    ) -> None:
+        """`new`: keys and values [M, K, H] of the tokens themselves; None for cross-attention."""
+        ...
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One graph of the chain, and the attention that follows it."""
+
+    compiled: Any
+    inputs: tuple[str, ...]
+    rope_type: LayerType | None
+    """Which rotation it needs."""
+    has_state: bool
+    """Its first output is x; the first piece takes x as it is."""
+    layer: int = 0
+    attention: Attention | None = None
+    """None after the last."""
+    has_new: bool = False
+    """The attention is over the row's own tokens (too): their keys and values are the last two outputs."""
+
+
+@dataclass
+class Bound:
+    """The chain with buffers for M tokens."""
+
+    x: Floats
+    attended: Floats
+    rope: dict[LayerType, tuple[Floats, Floats]]
+    logits: Floats
+    requests: list[Any] = field(default_factory=list)
+    outputs: list[list[Floats]] = field(default_factory=list)
+
+
+class DecoderChain:
+    """Runs the decoder over M tokens.
+
+    Args:
+        model: whose weights are read; it stays what embeds tokens.
+        lowering: how weights are kept.
+        compile_model: from a graph to what runs it.
+    """
+
+    def __init__(self, model: EncoderDecoder, lowering: Lowering, compile_model: Any) -> None:
+        self._model, self._lower = model, lowering
+        self._pieces = list(self._cut(compile_model))
+        self._bound: OrderedDict[int, Bound] = OrderedDict()
+
+    @torch.no_grad()
+    def run(self, input_ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+        """Logits float32 [M, V], in memory that the next call with M tokens writes to.
+
+        Args:
+            input_ids: int64 [M].
+            positions: int64 [M].
+            attend: stores and reads keys and values.
+        """
+        decoder = self._model.decoder
+        bound = self._bound_for(len(input_ids))
+        torch.from_numpy(bound.x).copy_(decoder.embed_tokens(input_ids))
+        for layer_type, tables in decoder.rope(positions[:, None]).items():
+            for into, table in zip(bound.rope[layer_type], tables, strict=True):
+                torch.from_numpy(into).copy_(table[:, 0])
+        for piece, request, outputs in zip(self._pieces, bound.requests, bound.outputs, strict=True):
+            request.infer()
+            if piece.attention is not None:
+                q, *new = outputs[int(piece.has_state) :]
+                attend(piece.layer, piece.attention, q, (new[0], new[1]) if new else None, bound.attended)
+        return torch.from_numpy(bound.logits)
+
+    def _bound_for(self, n_tokens: int) -> Bound:
+        if n_tokens in self._bound:
+            self._bound.move_to_end(n_tokens)
+            return self._bound[n_tokens]
+        bound = self._bind(n_tokens)
+        if n_tokens <= _KEPT_TOKENS:
+            self._bound[n_tokens] = bound
+            if len(self._bound) > _KEPT_SIZES:
+                self._bound.popitem(last=False)
+        return bound
+
+    def _bind(self, n_tokens: int) -> Bound:
+        config = self._model.decoder.stack_config
+
+        def empty(*shape: int) -> Floats:
+            return np.empty((n_tokens, *shape), np.float32)
+
+        bound = Bound(
+            x=empty(config.hidden_size),
+            attended=empty(config.num_attention_heads, config.head_dim),
+            rope={t: (empty(1, config.head_dim), empty(1, config.head_dim)) for t in config.rope},
+            logits=empty(config.vocab_size),
+        )
+        x = bound.x
+        for piece in self._pieces:
+            given = {"x": x, "attended": bound.attended}
+            if piece.rope_type is not None:
+                given |= dict(zip(("cos", "sin"), bound.rope[piece.rope_type], strict=True))
+            request = piece.compiled.create_infer_request()
+            for name in piece.inputs:
+                request.set_tensor(name, ov.Tensor(given[name], shared_memory=True))
+            outputs = [bound.logits]
+            if piece.attention is not None:
+                q = empty(piece.attention.n_heads, piece.attention.head_dim)
+                kv = [
+                    empty(piece.attention.n_kv_heads, piece.attention.head_dim)
+                    for _ in range(2 * piece.has_new)
+                ]
+                outputs = [empty(config.hidden_size)] * piece.has_state + [q, *kv]
+                x = outputs[0] if piece.has_state else x
+            for i, output in enumerate(outputs):
+                request.set_output_tensor(i, ov.Tensor(output, shared_memory=True))
+            bound.requests.append(request)
+            bound.outputs.append(outputs)
+        return bound
+
+    def _cut(self, compile_model: Any) -> Iterator[Piece]:
+        """The chain, piece by piece."""
+        decoder, lower = self._model.decoder, self._lower
+        graph = _Graph(self._model)
+        x = graph.input("x")
+        for i, (layer, layer_type) in enumerate(
+            zip(decoder.layers, decoder.stack_config.layer_types, strict=True)
+        ):
+            assert isinstance(layer, DecoderBlock)
+            rope = graph.rope(layer_type)
+            read = lower.rms_norm(layer.pre_self_attn_layernorm, x)
+            q = lower.queries(layer.self_attn, read, rope)
+            new = lower.keys_values(layer.self_attn, read, rope)
+            yield graph.piece(compile_model, [] if i == 0 else [x], [q, *new], i, layer.self_attn)
+            graph = _Graph(self._model)
+            x = _after(lower, graph, layer.self_attn, layer.post_self_attn_layernorm)
+            if not decoder.is_merged:
+                read = lower.rms_norm(layer.pre_cross_attn_layernorm, x)
+                q = lower.queries(
+                    layer.cross_attn, read, graph.rope(layer_type) if decoder.cross_rope else None
+                )
+                yield graph.piece(compile_model, [x], [q], i, layer.cross_attn)
+                graph = _Graph(self._model)
+                x = _after(lower, graph, layer.cross_attn, layer.post_cross_attn_layernorm)
+            inner = lower.mlp(layer.mlp, lower.rms_norm(layer.pre_feedforward_layernorm, x))
+            x = op.add(x, lower.rms_norm(layer.post_feedforward_layernorm, inner))
+        logits = lower.head(self._model.lm_head, lower.rms_norm(decoder.norm, x))
+        yield graph.piece(compile_model, [], [logits], 0, None)
+
+
+class _Graph:
+    """One piece while it is being made. Inside it tokens stand in a second dimension of 1: [M, 1, D]."""
+
+    def __init__(self, model: EncoderDecoder) -> None:
+        config = model.decoder.stack_config
+        self._shapes = {
+            "x": (config.hidden_size,),
+            "attended": (config.num_attention_heads, config.head_dim),
+            "cos": (1, config.head_dim),
+            "sin": (1, config.head_dim),
+        }
+        self._inputs: dict[str, Node] = {}
+        self._rope_type: LayerType | None = None
+
+    def input(self, name: str) -> Node:
+        """[M, 1, ...]."""
+        self._inputs[name] = parameter(name, [-1, *self._shapes[name]])
+        return op.unsqueeze(self._inputs[name], ints(1))
+
+    def rope(self, layer_type: LayerType) -> Rope:
+        """The rotation of all tokens; one for each piece."""
+        assert self._rope_type in (None, layer_type)
+        self._rope_type = layer_type
+        return self.input("cos"), self.input("sin")
+
+    def piece(
+        self,
+        compile_model: Any,
+        state: list[Node],
+        others: list[Node],
+        layer: int,
+        attention: Attention | None,
+    ) -> Piece:
+        """What was made so far, its outputs without the second dimension."""
+        outputs = [op.squeeze(node, ints(1)) for node in (*state, *others)]
+        return Piece(
+            compiled=compile_model(model_of(outputs, list(self._inputs.values()), "decoder")),
+            inputs=tuple(self._inputs),
+            rope_type=self._rope_type,
+            has_state=bool(state),
+            layer=layer,
+            attention=attention,
+            has_new=len(others) == 3,
+        )
+
+
+def _after(lower: Lowering, graph: _Graph, attention: Attention, norm: nn.Module) -> Node:
+    """x plus what an attention sub-layer found: how a piece behind a cut begins."""
+    x, attended = graph.input("x"), graph.input("attended")
+    return op.add(x, lower.rms_norm(norm, lower.project(attention, attended)))
