@@ -109,7 +109,7 @@ def test_any_batch_composition_changes_nothing(seed, meeting):
         model,
         device="cpu",
         batch_size=rng.choice([3, 8]),
-        cache_bytes=rng.choice([16_000, 30_000, 10**9]),
+        cache_bytes=rng.choice([24_000, 40_000, 10**9]),
         encode_tokens=rng.choice([1, 20, 1000]),
     )
     handles = run_with_arrivals(engine, requests, rng)

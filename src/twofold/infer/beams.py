@@ -16,7 +16,8 @@ from torch import Tensor
 
 from twofold.infer.prepare import Prepared
 from twofold.infer.request import Completion, Constraint, Delta, FinishReason, TokenLogprob
-from twofold.infer.samples import Advance, check_choice, constrained, token_logprobs
+from twofold.infer.samples import Advance, constrained, token_logprobs
+from twofold.infer.sampling import check_choice
 from twofold.infer.text_stream import TextStream
 
 
@@ -105,7 +106,7 @@ class Beams:
         n_vocab = logits_RV.shape[-1]
         logprobs_RV = logits_RV.float().log_softmax(dim=-1)
         logprobs_RV = constrained(logprobs_RV, [beam.constraint for beam in self._open])
-        check_choice(logprobs_RV.flatten())  # a beam may come to its end, but not all of them
+        check_choice(logprobs_RV.amax())  # a beam may come to its end, but not all of them
         totals_R1 = torch.tensor([[beam.total] for beam in self._open], device=logits_RV.device)
         n_wanted = (1 + len(self._prepared.stop_token_ids)) * self._request.num_beams
         best = (totals_R1 + logprobs_RV).flatten().topk(min(n_wanted, logprobs_RV.numel()))

@@ -127,7 +127,6 @@ class Samples:
         """See `Answers`."""
         logits_RV = logits_RV.expand(len(self._open), -1)
         allowed_RV = constrained(logits_RV, [sample.constraint for sample in self._open])
-        check_choice(allowed_RV)
         tokens = self._sampler.choose(allowed_RV).tolist()
         logprobs: Sequence[TokenLogprob | None] = [None] * len(tokens)
         if self._n_logprobs is not None:
@@ -158,19 +157,6 @@ def constrained(logits_RV: Tensor, constraints: Sequence[Constraint | None]) -> 
     return torch.stack(
         [logits_V if constraint is None else constraint.apply(logits_V) for logits_V, constraint in rows]
     )
-
-
-def check_choice(logits: Tensor) -> None:
-    """Make sure that there is a token to choose, along the last dimension.
-
-    Raises:
-        ValueError: all are forbidden, or the logits are no numbers.
-    """
-    if not bool(logits.amax(dim=-1).isfinite().all()):
-        raise ValueError(
-            "no token can be chosen: all are forbidden by the constraint, or the model's logits are not finite; "
-            "let the constraint allow a stop token where the text may end"
-        )
 
 
 def token_logprobs(logits_RV: Tensor, tokens: Sequence[int], n_top: int) -> list[TokenLogprob]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor
@@ -64,7 +65,11 @@ class Sampler:
         self._counts: list[Counter[int]] = [Counter() for _ in range(n_rows)]
 
     def choose(self, logits_BV: Tensor) -> Tensor:
-        """int64 [B]: the next token of every row, from float32 logits [B, V]; remembered for the penalties."""
+        """int64 [B]: the next token of every row, from float32 logits [B, V]; remembered for the penalties.
+
+        Raises:
+            ValueError: see `check_choice`.
+        """
         sampling = self.sampling
         if sampling.has_penalties:
             logits_BV = torch.stack(
@@ -74,8 +79,10 @@ class Sampler:
                 ]
             )
         if sampling.temperature == 0.0:
-            chosen_B = logits_BV.argmax(dim=-1)
+            chosen_B = most_likely(logits_BV)
+            check_choice(logits_BV.gather(1, chosen_B[:, None]))
         else:
+            check_choice(logits_BV.amax(dim=-1))
             chosen_B = self._draw(filtered_probabilities(logits_BV, sampling))
         if sampling.has_penalties:
             for counts, token in zip(self._counts, chosen_B.tolist(), strict=True):
@@ -95,6 +102,26 @@ class Sampler:
         places_B1 = torch.stack(uniform).to(self.device)[:, None] * cumulated_BV[:, -1:]
         chosen_B1 = torch.searchsorted(cumulated_BV, places_B1, right=True)
         return chosen_B1[:, 0].clamp(max=probabilities_BV.shape[-1] - 1)
+
+
+def most_likely(logits_BV: Tensor) -> Tensor:
+    """int64 [B]: the first of the highest logits of every row; a place without a number, where there is one."""
+    if logits_BV.device.type == "cpu":  # ten times as fast there: 5 against 50 microseconds for a row of 49k
+        return torch.from_numpy(np.asarray(logits_BV.numpy().argmax(axis=-1)))
+    return logits_BV.argmax(dim=-1)
+
+
+def check_choice(best: Tensor) -> None:
+    """Make sure that there is a token to choose, given the highest logits.
+
+    Raises:
+        ValueError: all are forbidden, or the logits are no numbers.
+    """
+    if not bool(best.isfinite().all()):
+        raise ValueError(
+            "no token can be chosen: all are forbidden by the constraint, or the model's logits are not finite; "
+            "let the constraint allow a stop token where the text may end"
+        )
 
 
 def penalised(logits_V: Tensor, counts: Counter[int], sampling: Sampling) -> Tensor:

@@ -94,13 +94,13 @@ class Columns:
 
     def copy_from(self, other: Columns, n_used: int) -> None:
         """The first `n_used` tokens of another row of the same size."""
-        shape = (-1, self.layout.n_kv_heads, self.layout.head_dim, self.n_columns)
-        for mine, theirs in ((self.data, other.data),):
-            mine[:, 0].reshape(shape)[..., :n_used] = theirs[:, 0].reshape(shape)[..., :n_used]
-            rows = (*shape[:2], self.n_columns, self.layout.head_dim)
-            mine[:, 1].reshape(rows)[:, :, :n_used] = theirs[:, 1].reshape(rows)[:, :, :n_used]
+        n_kv_heads, head_dim = self.layout.n_kv_heads, self.layout.head_dim
+        keys = (-1, n_kv_heads, head_dim, self.n_columns)
+        self.data[:, 0].reshape(keys)[..., :n_used] = other.data[:, 0].reshape(keys)[..., :n_used]
+        values = (-1, n_kv_heads, self.n_columns, head_dim)
+        self.data[:, 1].reshape(values)[:, :, :n_used] = other.data[:, 1].reshape(values)[:, :, :n_used]
         if self.layout.dtype == "int8":
-            heads = (-1, 2, self.layout.n_kv_heads, self.n_columns)
+            heads = (-1, 2, n_kv_heads, self.n_columns)
             self.scales.reshape(heads)[..., :n_used] = other.scales.reshape(heads)[..., :n_used]
 
 
@@ -213,7 +213,7 @@ def _load_of(stored: Any, i: Any) -> Callable[..., Any]:
     return lambda stored, i: np.float32(stored[i])
 
 
-@numba.njit(fastmath=_FAST)  # type: ignore[untyped-decorator]
+@numba.njit(fastmath=_FAST, error_model="numpy")  # type: ignore[untyped-decorator]
 def _exp(x: Any) -> Any:
     """e^x in float32 to 3e-7, in a form that vectorises: a polynomial (Cephes' expf) times a power of two."""
     x = max(min(x, _f(88.0)), _f(-87.0))
@@ -280,20 +280,29 @@ def _store(k_MKH: Any, v_MKH: Any, table: Any, layer: int, witness: Any) -> None
             _store_one(data, scales, start, 1, place + places, v_MKH[m, head])
 
 
-@numba.njit(fastmath=_FAST)  # type: ignore[untyped-decorator]
+@numba.njit(fastmath=_FAST, error_model="numpy")  # type: ignore[untyped-decorator]
 def _scores(q: Any, keys: Any, columns: int, first: int, last: int, out: Any) -> None:
     """q [H] times the keys of one head, [H C], of columns first to last - 1, into `out`, [last - first]."""
     n = last - first
     out[:] = _f(0.0)
-    for h in range(0, q.shape[0], 2):  # slices: indices that count from their begin need no check for a sign
+    whole = q.shape[0] // 4 * 4
+    for h in range(0, whole, 4):  # slices: indices that count from their begin need no check for a sign
         start = h * columns + first
-        one, two = keys[start : start + n], keys[start + columns : start + columns + n]
-        a, b = q[h], q[h + 1]
+        one = keys[start : start + n]
+        two = keys[start + columns : start + columns + n]
+        three = keys[start + 2 * columns : start + 2 * columns + n]
+        four = keys[start + 3 * columns : start + 3 * columns + n]
+        a, b, c, d = q[h], q[h + 1], q[h + 2], q[h + 3]
         for s in range(n):
-            out[s] += a * _load(one, s) + b * _load(two, s)
+            out[s] += a * _load(one, s) + b * _load(two, s) + c * _load(three, s) + d * _load(four, s)
+    for h in range(whole, q.shape[0]):
+        start = h * columns + first
+        one, a = keys[start : start + n], q[h]
+        for s in range(n):
+            out[s] += a * _load(one, s)
 
 
-@numba.njit(fastmath=_FAST)  # type: ignore[untyped-decorator]
+@numba.njit(fastmath=_FAST, error_model="numpy")  # type: ignore[untyped-decorator]
 def _mix(weights: Any, values: Any, first: int, out: Any) -> None:
     """Add the values of one head, [C H], from column `first` on to `out` [H], by weight."""
     head_dim, n = out.shape[0], weights.shape[0]
@@ -373,7 +382,7 @@ def _attend_any(
                 out_MNH[m, head * n_groups + group, h] = mixed[h]
 
 
-@numba.njit(fastmath=_FAST)  # type: ignore[untyped-decorator]
+@numba.njit(fastmath=_FAST, error_model="numpy")  # type: ignore[untyped-decorator]
 def _softmax(scores: Any, softcap: Any) -> None:
     """In place, after the soft-cap if it is above 0: softcap * tanh(x / softcap)."""
     n = scores.shape[0]
@@ -394,5 +403,7 @@ def _softmax(scores: Any, softcap: Any) -> None:
             scores[s] *= factor
 
 
-_attend_alone = numba.njit(fastmath=_FAST, nogil=True, cache=True)(_attend_any)
-_attend_together = numba.njit(fastmath=_FAST, nogil=True, cache=True, parallel=True)(_attend_any)
+_attend_alone = numba.njit(fastmath=_FAST, error_model="numpy", nogil=True, cache=True)(_attend_any)
+_attend_together = numba.njit(fastmath=_FAST, error_model="numpy", nogil=True, cache=True, parallel=True)(
+    _attend_any
+)
