@@ -272,3 +272,27 @@ def test_what_cannot_run_writes_nothing(run, pair, tmp_path, monkeypatch, argume
     assert message in " ".join(err.split())
     assert out == ""
     assert list(folder.iterdir()) == []
+
+
+def test_engine_options_reach_the_engine(run, pair, monkeypatch):
+    from twofold.cli import generate as generate_module
+
+    got = {}
+
+    def noting(model, **options):
+        got.update(options)
+        return twofold.Engine(model, **options)
+
+    monkeypatch.setattr(generate_module, "Engine", noting)
+    options = "--backend torch --precision bfloat16 --threads 1 --batch-size 3 --lookup 4"
+    status, out, err = run("generate", pair, "hello", "--max-new-tokens", "4", "--json", *options.split())
+    assert status == 0, err
+    assert got == {"backend": "torch", "precision": "bfloat16", "threads": 1, "batch_size": 3}
+    assert len(records(out)[0]["token_ids"]) == 4
+    for option, message in (
+        ("--backend", "unknown backend 'fast'"),
+        ("--precision", "unknown precision 'fast'"),
+    ):
+        status, _, err = run("generate", pair, "hello", option, "fast")
+        assert status == 2
+        assert message in err

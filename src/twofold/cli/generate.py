@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -17,6 +17,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from twofold.checkpoint.load import load
 from twofold.cli.console import err, note, print_json
 from twofold.infer import Engine, Request, Sampling
+from twofold.infer.backends import BACKENDS, PRECISIONS, BackendName, Precision
 from twofold.infer.files import Answer, Line, answer_lines, read_lines
 from twofold.infer.journal import Journal, fingerprint, refuse_existing
 
@@ -75,6 +76,14 @@ def generate_command(
         Path | None, typer.Option(help="Answers are JSON that is valid against the schema in this file.")
     ] = None,
     regex: Annotated[str | None, typer.Option(help="Answers match this pattern as a whole.")] = None,
+    lookup: Annotated[
+        int, typer.Option(help="Guess up to so many tokens at once from what stands in the text: 0 is off.")
+    ] = 0,
+    backend: Annotated[str, typer.Option(help=f"What runs the model: {', '.join(BACKENDS)}.")] = "auto",
+    precision: Annotated[
+        str | None, typer.Option(help=f"{', '.join(PRECISIONS)}; the model's own if not given.")
+    ] = None,
+    threads: Annotated[int | None, typer.Option(help="Of the processor; one for each core.")] = None,
     batch_size: Annotated[int, typer.Option(help="Answers that are written together.")] = 8,
     skip_vision: Annotated[bool, typer.Option(help="T5Gemma 2: load without its vision tower.")] = False,
     json: Annotated[
@@ -104,6 +113,7 @@ def generate_command(
         length_penalty=length_penalty,
         stop=tuple(stop or ()),
         logprobs=logprobs,
+        lookup=lookup,
     )
     _refuse_bad_use(texts, file, out_file, resume)
     if json_schema is not None and regex is not None:
@@ -122,9 +132,17 @@ def generate_command(
             "chat": chat,
             "json_schema": schema,
             "regex": regex,
+            "backend": backend,
+            "precision": precision,
             **_settings(template),
         }
-        engine = Engine(loaded, batch_size=batch_size)
+        engine = Engine(
+            loaded,
+            backend=cast(BackendName, backend),
+            precision=cast(Precision | None, precision),
+            threads=threads,
+            batch_size=batch_size,
+        )
         if schema is not None:
             template = replace(template, constraint=engine.json_schema(schema))
         elif regex is not None:

@@ -10,8 +10,8 @@ from twofold.infer.backends.ragged import Columns, Layout, attend
 
 N_LAYERS, K, N, H = 3, 2, 6, 10
 ROWS = [(13, 9, 8, 2, 1), (200, 40, 17, 0, 0), (0, 3, 2, 0, 2), (7, 5, 0, 7, 0)]
-"""Source tokens, columns of the row's own, the new token's, and the first it sees of either: also an empty source, and one
-that is out of sight. Heads are 10 wide, which 4 does not divide."""
+"""Source tokens, columns of the row's own, the new token's, and the first it sees of either: also an empty source, and
+one that is out of sight. Heads are 10 wide, which 4 does not divide."""
 
 ERROR = {"float32": 2e-6, "bfloat16": 0.02, "int8": 0.03}
 
