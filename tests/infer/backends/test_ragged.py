@@ -1,5 +1,6 @@
 """Attention over ragged rows against a plain softmax, and what is stored against what was given."""
 
+import numba
 import numpy as np
 import pytest
 import torch
@@ -152,3 +153,14 @@ def test_memory_of_a_token(dtype, n_bytes):
     layout = Layout(N_LAYERS, K, H, dtype)
     assert layout.bytes_per_column == 2 * N_LAYERS * K * n_bytes
     assert Columns(layout, 7).n_bytes == 7 * layout.bytes_per_column
+
+
+def test_threads_are_limited_and_given_back():
+    before = numba.get_num_threads()
+    with ragged.limited_threads(1):
+        assert numba.get_num_threads() == 1
+    with ragged.limited_threads(None):
+        assert numba.get_num_threads() == before
+    with ragged.limited_threads(10_000):
+        assert numba.get_num_threads() == before
+    assert numba.get_num_threads() == before

@@ -14,7 +14,8 @@ is room for), L layers.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -164,6 +165,17 @@ def attend(
         np.float32(softcap or 0.0),
         out_MNH,
     )
+
+
+@contextmanager
+def limited_threads(threads: int | None) -> Iterator[None]:
+    """Kernels called inside, from this thread, use no more than so many; None: as many as numba has."""
+    before = numba.get_num_threads()
+    numba.set_num_threads(min(threads or before, before))
+    try:
+        yield
+    finally:
+        numba.set_num_threads(before)
 
 
 # --- compiled ---------------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from twofold.infer.backends.base import Held, Precision, Start
 from twofold.infer.backends.openvino.decoder import DecoderChain
 from twofold.infer.backends.openvino.encoder import EncoderGraph
 from twofold.infer.backends.openvino.lower import Lowering, WeightFormat
-from twofold.infer.backends.ragged import CacheDtype, Columns, Floats, Layout, attend
+from twofold.infer.backends.ragged import CacheDtype, Columns, Floats, Layout, attend, limited_threads
 from twofold.infer.padding import padded
 from twofold.models import EncoderDecoder
 from twofold.models.attention import Attention
@@ -65,7 +65,7 @@ class OpenVinoBackend:
 
     def __init__(self, model: EncoderDecoder, precision: Precision, threads: int | None = None) -> None:
         self._model, config, formats = model, model.config, _FORMATS[precision]
-        self.can_verify = True
+        self.can_verify, self._threads = True, threads
         settings = formats.settings | {"NUM_STREAMS": 1}
         if threads is not None:
             settings["INFERENCE_NUM_THREADS"] = threads
@@ -164,7 +164,8 @@ class OpenVinoBackend:
                 softcap=attention.softcap,
             )
 
-        return self._decoder.run(torch.tensor(ids), positions, attend_kept)
+        with limited_threads(self._threads):
+            return self._decoder.run(torch.tensor(ids), positions, attend_kept)
 
     def _table(
         self, taken: Sequence[tuple[HeldColumns, int, Sequence[int]]], past: int | None
