@@ -334,7 +334,7 @@ def _mix(weights: Any, values: Any, first: int, out: Any) -> None:
             out[h] += a * _load(one, h)
 
 
-def _attend_any(
+def _attend_any(  # compiled by numba, below
     q_MNH: Any,
     table: Any,
     layer: int,
