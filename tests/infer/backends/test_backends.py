@@ -17,9 +17,9 @@ from tests.models.tiny import (
     stack,
 )
 from twofold.infer.backends import Start, TorchBackend
-from twofold.infer.backends.openvino import OpenVinoBackend
 from twofold.infer.backends.openvino import backend as backend_module
 from twofold.infer.backends.openvino import encoder as encoder_module
+from twofold.infer.backends.openvino.backend import OpenVinoBackend
 from twofold.models import EncoderDecoder
 
 SOURCES = [(5, 6, 7, 8, 9, 10, 11), (), (13, 14, 15), (20,) * 12]

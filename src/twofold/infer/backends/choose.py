@@ -76,7 +76,7 @@ def _openvino(
         raise ImportError(
             f"the openvino backend needs {' and '.join(missing)}; pip install 'twofold[cpu]', or use backend='torch'"
         )
-    from twofold.infer.backends.openvino import OpenVinoBackend
+    from twofold.infer.backends.openvino.backend import OpenVinoBackend
 
     return OpenVinoBackend(model, precision, threads)
 

@@ -1,5 +1,4 @@
-"""The CPU backend: OpenVINO for everything but the attention of decoding steps. Needs the extra `cpu`."""
+"""The CPU backend: OpenVINO for everything but the attention of decoding steps. Needs the extra `cpu`.
 
-from twofold.infer.backends.openvino.backend import OpenVinoBackend
-
-__all__ = ["OpenVinoBackend"]
+`backend` has it, and needs numba too; `lower` and `encoder`, with which exports are written, do not.
+"""

@@ -5,7 +5,7 @@ Letters: B batch, S source tokens, E width of the encoder, N query heads, K key-
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,13 +15,25 @@ import torch
 from torch import Tensor
 
 from twofold.config import EncoderMask, LayerType
-from twofold.infer.backends.openvino.lower import HIDDEN, Lowering, Node, Rope, ints, model_of, parameter
+from twofold.infer.backends.openvino.lower import (
+    HIDDEN,
+    Lowering,
+    Node,
+    Rope,
+    ints,
+    model_of,
+    parameter,
+    softcapped,
+)
 from twofold.models import EncoderDecoder
 from twofold.models.attention import Attention
 from twofold.models.masks import AttentionMask, Tokens, encoder_rule
-from twofold.models.stack import DecoderBlock, EncoderBlock
+from twofold.models.stack import DecoderBlock, Encoder, EncoderBlock
 
 Kind = tuple[LayerType, EncoderMask]
+Mask = tuple[Node, Node | None]
+"""[B, 1, S, S] each: what is added to scores, and 1 where a key stands after the query, else 0; None where what those
+get is not limited."""
 
 MAX_SCORES = 2**28
 """Attention scores of one layer, [B, N, S, S], that exist at the same time where soft-caps or a limited share keep
@@ -43,7 +55,7 @@ class EncoderGraph:
         config = encoder.stack_config
         self._kinds: list[Kind] = list(zip(config.layer_types, encoder.layer_masks, strict=True))
         self._is_limited = encoder.future_share < 1.0
-        self.is_fused = config.attn_logit_softcapping is None and not self._is_limited
+        self.is_fused = is_fused(encoder)
         self._request = compile_model(self._graph()).create_infer_request()
 
     def fits(self, batch_size: int, n_source: int) -> bool:
@@ -107,36 +119,16 @@ class EncoderGraph:
         source_rope: dict[LayerType, Rope] = {}
         if decoder.cross_rope:
             source_rope = ropes("source_", decoder.stack_config.layer_types, decoder.stack_config.head_dim)
-        masks: dict[Kind, tuple[Node, Node | None]] = {}
+        masks: dict[Kind, Mask] = {}
         for kind in dict.fromkeys(self._kinds):
             mask = parameter(_name("mask", kind), [-1, 1, -1, -1])
             later = parameter(_name("later", kind), [-1, 1, -1, -1]) if self._is_limited else None
             parameters.extend([mask] if later is None else [mask, later])
             masks[kind] = (mask, later)
 
-        read_by_layer: list[Node] = []
-        for layer, kind in zip(encoder.layers, self._kinds, strict=True):
-            assert isinstance(layer, EncoderBlock)
-            read = lower.rms_norm(layer.pre_self_attn_layernorm, x)
-            read_by_layer.append(read)
-            attended = self._attend(layer.self_attn, read, rope[kind[0]], *masks[kind])
-            attended = lower.project(layer.self_attn, attended)
-            x = op.add(x, lower.rms_norm(layer.post_self_attn_layernorm, attended))
-            inner = lower.mlp(layer.mlp, lower.rms_norm(layer.pre_feedforward_layernorm, x))
-            x = op.add(x, lower.rms_norm(layer.post_feedforward_layernorm, inner))
-        aligned = encoder.aligned_layers
-        if aligned is None:
-            memory = [lower.rms_norm(encoder.norm, x)] * len(decoder.layers)
-        else:
-            memory = [read_by_layer[i] for i in aligned]
-
+        read = read_source(self._model, lower, x, rope, source_rope, [masks[kind] for kind in self._kinds])
         outputs = []
-        for layer, layer_type, read in zip(
-            decoder.layers, decoder.stack_config.layer_types, memory, strict=True
-        ):
-            assert isinstance(layer, DecoderBlock)
-            reader = layer.self_attn if layer.is_merged else layer.cross_attn
-            keys, values = lower.keys_values(reader, read, source_rope.get(layer_type), of_source=True)
+        for keys, values in read:
             outputs += [
                 op.transpose(keys, ints(0, 2, 3, 1)),
                 op.transpose(values, ints(0, 2, 1, 3)),
@@ -144,25 +136,75 @@ class EncoderGraph:
         self._inputs, self._n_outputs = [p.get_friendly_name() for p in parameters], len(outputs)
         return model_of(outputs, parameters, "encoder")
 
-    def _attend(self, module: Attention, read: Node, rope: Rope, mask: Node, later: Node | None) -> Node:
-        """[B, S, N, H] of what a layer reads, [B, S, E]."""
-        lower, n_heads, n_kv_heads = self._lower, module.n_heads, module.n_kv_heads
-        heads_first = ints(0, 2, 1, 3)
-        q = op.transpose(lower.queries(module, read, rope), heads_first)
-        k, v = (op.transpose(part, heads_first) for part in lower.keys_values(module, read, rope))
-        if n_heads != n_kv_heads:
-            k, v = (_repeated(part, n_heads // n_kv_heads, n_heads, module.head_dim) for part in (k, v))
-        if self.is_fused:
-            attended = op.scaled_dot_product_attention(q, k, v, mask, np.float32(module.scale))
-            return op.transpose(attended, heads_first)
-        scores = op.multiply(op.matmul(q, k, False, True), np.float32(module.scale))
-        if module.softcap is not None:
-            cap = np.float32(module.softcap)
-            scores = op.multiply(op.tanh(op.divide(scores, cap)), cap)
-        weights = op.softmax(op.add(scores, mask), -1)
-        if later is not None:
-            weights = _limit_share(weights, later, self._model.encoder.future_share)
-        return op.transpose(op.matmul(weights, v, False, False), heads_first)
+
+def is_fused(encoder: Encoder) -> bool:
+    """Whether its attention is OpenVINO's fused kernel, which has no soft-cap and no limited share."""
+    return encoder.stack_config.attn_logit_softcapping is None and encoder.future_share == 1.0
+
+
+def read_source(
+    model: EncoderDecoder,
+    lower: Lowering,
+    x: Node,
+    rope: Mapping[LayerType, Rope],
+    source_rope: Mapping[LayerType, Rope],
+    masks: Sequence[Mask],
+) -> list[tuple[Node, Node]]:
+    """The encoder, and what decoder layers make of what it hands over.
+
+    Args:
+        lower: how weights are kept.
+        x: the embedded source, [B, S, E].
+        rope: of the encoder, [B, S, 1, H], for its layer types.
+        source_rope: of the decoder, for the source's keys; empty where they are not rotated.
+        masks: for each encoder layer.
+
+    Returns:
+        Keys and values [B, S, K, H] of the source for each decoder layer.
+    """
+    encoder, decoder = model.encoder, model.decoder
+    read_by_layer: list[Node] = []
+    for layer, layer_type, mask in zip(encoder.layers, encoder.stack_config.layer_types, masks, strict=True):
+        assert isinstance(layer, EncoderBlock)
+        read = lower.rms_norm(layer.pre_self_attn_layernorm, x)
+        read_by_layer.append(read)
+        attended = _attend(encoder, lower, layer.self_attn, read, rope[layer_type], mask)
+        attended = lower.project(layer.self_attn, attended)
+        x = op.add(x, lower.rms_norm(layer.post_self_attn_layernorm, attended))
+        inner = lower.mlp(layer.mlp, lower.rms_norm(layer.pre_feedforward_layernorm, x))
+        x = op.add(x, lower.rms_norm(layer.post_feedforward_layernorm, inner))
+    aligned = encoder.aligned_layers
+    if aligned is None:
+        memory = [lower.rms_norm(encoder.norm, x)] * len(decoder.layers)
+    else:
+        memory = [read_by_layer[i] for i in aligned]
+
+    found = []
+    for layer, layer_type, read in zip(decoder.layers, decoder.stack_config.layer_types, memory, strict=True):
+        assert isinstance(layer, DecoderBlock)
+        reader = layer.self_attn if layer.is_merged else layer.cross_attn
+        found.append(lower.keys_values(reader, read, source_rope.get(layer_type), of_source=True))
+    return found
+
+
+def _attend(encoder: Encoder, lower: Lowering, module: Attention, read: Node, rope: Rope, mask: Mask) -> Node:
+    """[B, S, N, H] of what a layer reads, [B, S, E]."""
+    n_heads, n_kv_heads, (hidden, later) = module.n_heads, module.n_kv_heads, mask
+    heads_first = ints(0, 2, 1, 3)
+    q = op.transpose(lower.queries(module, read, rope), heads_first)
+    k, v = (op.transpose(part, heads_first) for part in lower.keys_values(module, read, rope))
+    if n_heads != n_kv_heads:
+        k, v = (_repeated(part, n_heads // n_kv_heads, n_heads, module.head_dim) for part in (k, v))
+    if is_fused(encoder):
+        attended = op.scaled_dot_product_attention(q, k, v, hidden, np.float32(module.scale))
+        return op.transpose(attended, heads_first)
+    scores = op.multiply(op.matmul(q, k, False, True), np.float32(module.scale))
+    if module.softcap is not None:
+        scores = softcapped(scores, module.softcap)
+    weights = op.softmax(op.add(scores, hidden), -1)
+    if later is not None:
+        weights = _limit_share(weights, later, encoder.future_share)
+    return op.transpose(op.matmul(weights, v, False, False), heads_first)
 
 
 def _name(what: str, kind: Kind) -> str:

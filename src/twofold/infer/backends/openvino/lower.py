@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from twofold.models.attention import Attention
 from twofold.models.encoder_decoder import LMHead
-from twofold.models.layers import GatedMLP, RMSNorm
+from twofold.models.layers import Embedding, GatedMLP, RMSNorm
 
 Node = Any
 """`openvino.Node`, or an output of one."""
@@ -100,10 +100,24 @@ class Lowering:
     def head(self, module: LMHead, x: Node) -> Node:
         """Logits, after the soft-cap where there is one."""
         logits = self.linear(module.out_proj, x)
-        if module.softcap is None:
-            return logits
-        cap = np.float32(module.softcap)
-        return op.multiply(op.tanh(op.divide(logits, cap)), cap)
+        return logits if module.softcap is None else softcapped(logits, module.softcap)
+
+    def embedding(self, module: Embedding, ids: Node) -> Node:
+        """See `models.layers.Embedding`. The table is kept as it is, or in int8 where matrices have fewer bits than
+        floats: a row is all that a token is known by."""
+        axis = ints(0)
+        if self.weights == "float":
+            x = op.gather(_constant(module.weight), ids, axis)
+        else:
+            rounded, scale = _int8_rows(module.weight)
+            rows = op.convert(op.gather(rounded, ids, axis), np.float32)
+            x = op.multiply(rows, op.gather(scale, ids, axis))
+        if module.scale is not None:
+            x = op.multiply(x, np.float32(module.scale))
+        if module.eoi_token_id is not None:
+            is_eoi = op.unsqueeze(op.equal(ids, np.int64(module.eoi_token_id)), ints(-1))
+            x = op.select(is_eoi, _constant(module.eoi_embedding), x)
+        return x
 
     def _matrix(self, weight: Tensor) -> Node:
         """A weight [out, in], which multiplies in float32 whatever it is kept in."""
@@ -111,9 +125,8 @@ class Lowering:
             return _constant(weight)
         n_out, n_in = weight.shape
         if self.weights == "int8":
-            scale = weight.float().abs().amax(dim=1, keepdim=True).clamp(min=1e-30) / 127.0
-            rounded = (weight.float() / scale).round_().to(torch.int8)
-            return op.multiply(op.convert(op.constant(rounded.numpy()), np.float32), _constant(scale))
+            rounded_rows, row_scale = _int8_rows(weight)
+            return op.multiply(op.convert(rounded_rows, np.float32), row_scale)
         group = next(size for size in (_INT4_GROUP, 32, 16, 8, 4, 2, 1) if n_in % size == 0)
         grouped = weight.float().view(n_out, n_in // group, group)
         # The largest number becomes -8 or 8, whichever sign it has: 16 steps of which none is lost.
@@ -139,9 +152,14 @@ def rotate(x: Node, rope: Rope) -> Node:
     return op.add(op.multiply(x, cos), op.multiply(turned, sin))
 
 
-def parameter(name: str, shape: Sequence[int]) -> Node:
-    """A float32 input; -1 where its size is known when it comes."""
-    node = op.parameter(list(shape), np.float32, name=name)
+def softcapped(x: Node, cap: float) -> Node:
+    """cap * tanh(x / cap)."""
+    return op.multiply(op.tanh(op.divide(x, np.float32(cap))), np.float32(cap))
+
+
+def parameter(name: str, shape: Sequence[int], dtype: npt.DTypeLike = np.float32) -> Node:
+    """An input; -1 where its size is known when it comes."""
+    node = op.parameter(list(shape), dtype, name=name)
     node.output(0).set_names({name})
     return node
 
@@ -158,6 +176,13 @@ def ints(*values: int) -> npt.NDArray[np.int64]:
 
 def _constant(x: Tensor) -> Node:
     return op.constant(x.detach().float().contiguous().numpy())
+
+
+def _int8_rows(weight: Tensor) -> tuple[Node, Node]:
+    """A matrix in int8, and the scale of each row, [out, 1]."""
+    scale = weight.float().abs().amax(dim=1, keepdim=True).clamp(min=1e-30) / 127.0
+    rounded = (weight.float() / scale).round_().to(torch.int8)
+    return op.constant(rounded.numpy()), _constant(scale)
 
 
 def _int4_constant(x: Tensor) -> Node:
