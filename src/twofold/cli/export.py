@@ -19,7 +19,8 @@ def export_command(
     to: Annotated[str, typer.Option("--to", help=_TARGETS_HELP)] = ...,  # type: ignore[assignment]
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write.")] = ...,  # type: ignore[assignment]
     quantization: Annotated[
-        str | None, typer.Option(help="Of ctranslate2: how weights are stored, such as int8 or float16.")
+        str | None,
+        typer.Option(help="How weights are stored. ctranslate2: int8, float16...; openvino: int8 or int4."),
     ] = None,
     skip_vision: Annotated[bool, typer.Option(help="T5Gemma 2: load without its vision tower.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = False,

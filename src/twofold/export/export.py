@@ -16,6 +16,7 @@ from twofold.export.agreement import (
     samples,
 )
 from twofold.export.ctranslate2 import write_ctranslate2
+from twofold.export.openvino import write_openvino
 from twofold.export.transformers import write_hf, write_t5gemma, write_t5gemma2
 from twofold.models import EncoderDecoder
 
@@ -41,6 +42,11 @@ TARGETS: Mapping[str, Target] = {
     "ctranslate2": Target(
         description="a CTranslate2 model, where that is exact",
         write=write_ctranslate2,
+        options=("quantization",),
+    ),
+    "openvino": Target(
+        description="any pair, as two graphs that OpenVINO runs without twofold",
+        write=write_openvino,
         options=("quantization",),
     ),
 }
@@ -70,7 +76,8 @@ def export(model: EncoderDecoder, path: str | Path, *, to: str, **options: Any) 
         model: of any dtype, on any device; it stays as it is.
         path: a folder that is not there yet, or empty.
         to: a name in `TARGETS`.
-        options: of the target. `quantization` of ctranslate2: one of its names for weights, such as "int8".
+        options: of the target. `quantization` of ctranslate2: one of its names for weights, such as "int8"; of
+            openvino: "int8" or "int4".
 
     Raises:
         ValueError: an unknown target or option, a model that the target cannot run exactly (says why), or a result

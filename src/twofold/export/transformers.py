@@ -59,7 +59,8 @@ def for_sources(tokenizer: Any, config: EncoderDecoderConfig) -> Any:
     tokenizer = copy.deepcopy(tokenizer)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(Convention.of(config).pad_token_id)
-    if tokenizer(_PROBE)["input_ids"] != _wanted(tokenizer, config):
+    text, wanted = wanted_ids(tokenizer, config)
+    if tokenizer(text)["input_ids"] != wanted:
         from tokenizers.processors import TemplateProcessing
 
         bos = config.bos_token_id
@@ -71,18 +72,21 @@ def for_sources(tokenizer: Any, config: EncoderDecoderConfig) -> Any:
     return tokenizer
 
 
-def _wanted(tokenizer: Any, config: EncoderDecoderConfig) -> list[int | None]:
-    return [*([config.bos_token_id] if config.source_bos else []), *encode(tokenizer, _PROBE).tolist()]
+def wanted_ids(tokenizer: Any, config: EncoderDecoderConfig) -> tuple[str, list[int | None]]:
+    """A text, and what it should become as a source."""
+    bos = [config.bos_token_id] if config.source_bos else []
+    return _PROBE, [*bos, *encode(tokenizer, _PROBE).tolist()]
 
 
 def _check_tokenizer(folder: Path, config: EncoderDecoderConfig) -> None:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-    found, wanted = tokenizer(_PROBE)["input_ids"], _wanted(tokenizer, config)
+    text, wanted = wanted_ids(tokenizer, config)
+    found = tokenizer(text)["input_ids"]
     if found != wanted:
         raise ValueError(
-            f"the tokenizer's class does not keep how a source begins: it makes {found} of {_PROBE!r}, the pair wants "
+            f"the tokenizer's class does not keep how a source begins: it makes {found} of {text!r}, the pair wants "
             f"{wanted}; save the model without tokenizer (model.tokenizer = None) and add its files by hand"
         )
 
