@@ -36,10 +36,10 @@ def pair(tmp_path, byte_tokenizer):
     return tmp_path / "pair"
 
 
-@pytest.mark.parametrize("target", ["hf", "ctranslate2"])
+@pytest.mark.parametrize("target", ["hf", "ctranslate2", "openvino"])
 def test_export(run, pair, tmp_path, target):
-    if target == "ctranslate2":
-        pytest.importorskip("ctranslate2")
+    if target != "hf":
+        pytest.importorskip(target)
     status, out, err = run("export", pair, "--to", target, "-o", tmp_path / "out", "--json")
     assert status == 0, err
     result = json.loads(out)
@@ -51,9 +51,10 @@ def test_export(run, pair, tmp_path, target):
     assert "exists and is not empty" in err
 
 
-def test_quantization(run, pair, tmp_path):
-    pytest.importorskip("ctranslate2")
-    options = ["--to", "ctranslate2", "--quantization", "int8", "-o", tmp_path / "out"]
+@pytest.mark.parametrize("target", ["ctranslate2", "openvino"])
+def test_quantization(run, pair, tmp_path, target):
+    pytest.importorskip(target)
+    options = ["--to", target, "--quantization", "int8", "-o", tmp_path / "out"]
     status, out, err = run("export", pair, *options, "--json")
     assert status == 0, err
     assert "with weights rounded to int8 within" in err
@@ -63,7 +64,7 @@ def test_quantization(run, pair, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--to", "onnx"], "export target must be one of t5gemma, t5gemma2, hf, ctranslate2"),
+        (["--to", "onnx"], "export target must be one of t5gemma, t5gemma2, hf, ctranslate2, openvino"),
         (["--to", "t5gemma"], "not a T5Gemma model"),
         (["--to", "hf", "--quantization", "int8"], "takes no options, got quantization"),
     ],

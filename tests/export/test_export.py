@@ -139,7 +139,9 @@ def test_what_does_not_agree_is_removed(tmp_path, monkeypatch):
 
 def test_what_is_refused(tmp_path):
     pair = t5gemma()
-    with pytest.raises(ValueError, match="must be one of t5gemma, t5gemma2, hf, ctranslate2, got 'onnx'"):
+    with pytest.raises(
+        ValueError, match="must be one of t5gemma, t5gemma2, hf, ctranslate2, openvino, got 'onnx'"
+    ):
         export(pair, tmp_path / "out", to="onnx")
     with pytest.raises(ValueError, match="export to hf takes no options, got quantization"):
         export(pair, tmp_path / "out", to="hf", quantization="int8")
