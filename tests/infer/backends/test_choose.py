@@ -7,7 +7,7 @@ import torch
 
 from tests.models.tiny import build, pair_config, stack
 from twofold.infer.backends import TorchBackend, make_backend
-from twofold.infer.backends.openvino import OpenVinoBackend
+from twofold.infer.backends.openvino.backend import OpenVinoBackend
 
 
 @pytest.fixture
