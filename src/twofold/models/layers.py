@@ -31,7 +31,8 @@ class Embedding(nn.Embedding):
     def forward(self, ids_BL: Tensor) -> Tensor:
         x_BLD = super().forward(ids_BL)
         if self.scale is not None:
-            x_BLD = x_BLD * torch.tensor(self.scale, dtype=x_BLD.dtype, device=x_BLD.device)
+            # Filled on the device: a copy from the host could not be captured in a CUDA graph.
+            x_BLD = x_BLD * torch.full((), self.scale, dtype=x_BLD.dtype, device=x_BLD.device)
         if self.eoi_token_id is not None:
             is_eoi = (ids_BL == self.eoi_token_id)[..., None]
             x_BLD = torch.where(is_eoi, self.eoi_embedding.to(x_BLD.dtype), x_BLD)
@@ -120,7 +121,11 @@ def rope_tables(config: RopeConfig, head_dim: int, positions: Tensor) -> tuple[T
     Returns:
         cos and sin, float32 [B, 1, L, H]; the second half of H repeats the first.
     """
-    frequencies = rope_frequencies(config, head_dim).to(positions.device)
+    return rotations(rope_frequencies(config, head_dim).to(positions.device), positions)
+
+
+def rotations(frequencies: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """`rope_tables` of the given `rope_frequencies`, on the device of the positions."""
     angles = positions[:, None, :, None].float() * frequencies
     angles = torch.cat([angles, angles], dim=-1)
     return angles.cos(), angles.sin()

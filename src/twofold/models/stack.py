@@ -333,7 +333,13 @@ class Decoder(Stack):
             if isinstance(layer, DecoderBlock)
         ]
 
-    def step(self, input_ids: Tensor, positions: Tensor, keys: Sequence[LayerKeys]) -> Tensor:
+    def step(
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        keys: Sequence[LayerKeys],
+        rope: dict[LayerType, RopeTables] | None = None,
+    ) -> Tensor:
         """One token more for rows whose keys and values somebody else keeps.
 
         Args:
@@ -341,11 +347,12 @@ class Decoder(Stack):
                 several tokens of one.
             positions: int64 [B, 1], behind the source for a continuing decoder.
             keys: one per layer; each takes in the new token's.
+            rope: `self.rope(positions)`, from a caller that makes it without leaving the device.
 
         Returns:
             Normed hidden states [B, 1, D].
         """
-        rope = self.rope(positions)
+        rope = rope or self.rope(positions)
         x_BTD = self.embed_tokens(input_ids)
         for layer, layer_type, layer_keys in zip(
             self.layers, self.stack_config.layer_types, keys, strict=True

@@ -20,6 +20,7 @@ from twofold.infer.backends import Start, TorchBackend
 from twofold.infer.backends.openvino import backend as backend_module
 from twofold.infer.backends.openvino import encoder as encoder_module
 from twofold.infer.backends.openvino.backend import OpenVinoBackend
+from twofold.infer.backends.paged import PagedBackend
 from twofold.models import EncoderDecoder
 
 SOURCES = [(5, 6, 7, 8, 9, 10, 11), (), (13, 14, 15), (20,) * 12]
@@ -32,7 +33,14 @@ def openvino(model: EncoderDecoder) -> OpenVinoBackend:
     return OpenVinoBackend(model, "float32", threads=1)
 
 
-every_backend = pytest.mark.parametrize("make", [TorchBackend, openvino], ids=["torch", "openvino"])
+def paged(model: EncoderDecoder) -> PagedBackend:
+    """Pages so small that every text has several."""
+    return PagedBackend(model, page_tokens=4)
+
+
+every_backend = pytest.mark.parametrize(
+    "make", [TorchBackend, openvino, paged], ids=["torch", "openvino", "paged"]
+)
 
 
 @torch.no_grad()
