@@ -40,7 +40,7 @@ class Engine:
         backend: what runs it, see `infer.backends.make_backend`. `auto`: PyTorch on CUDA; on the CPU OpenVINO if
             the extra `cpu` is installed, else PyTorch.
         precision: `float32`, `bfloat16`, or weights in `int8` or `int4`. None: the model's own dtype. Likelihoods and
-            embeddings (`score`, `embed`) are always computed by the model itself.
+            embeddings (`score`, `embed`) are always computed by the model itself, which PyTorch converts in place.
         device: default: CUDA where there is one, else the CPU.
         threads: of the processor. None: one for each core.
         batch_size: rows (answers, samples, beams) that are decoded together.
@@ -79,7 +79,9 @@ class Engine:
         scheduler = Scheduler(
             max_bytes=self.cache_bytes, max_rows=batch_size, max_encode_tokens=encode_tokens
         )
-        runner = make_backend(self.model, backend=backend, precision=precision, threads=threads)
+        runner = make_backend(
+            self.model, backend=backend, precision=precision, threads=threads, cache_bytes=self.cache_bytes
+        )
         self.loop = Loop(runner, scheduler, self.device)
         self._made_grammars: Grammars | None = None
         self._thread: threading.Thread | None = None

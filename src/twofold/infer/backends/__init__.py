@@ -2,6 +2,7 @@
 
 from twofold.infer.backends.base import Backend, BackendName, Held, Precision, Start
 from twofold.infer.backends.choose import BACKENDS, PRECISIONS, make_backend
+from twofold.infer.backends.paged import PagedBackend
 from twofold.infer.backends.torch_backend import TorchBackend
 
 __all__ = [
@@ -10,6 +11,7 @@ __all__ = [
     "Backend",
     "BackendName",
     "Held",
+    "PagedBackend",
     "Precision",
     "Start",
     "TorchBackend",

@@ -8,7 +8,9 @@ from typing import get_args
 import torch
 
 from twofold.infer.backends.base import Backend, BackendName, Precision
+from twofold.infer.backends.paged import PagedBackend
 from twofold.infer.backends.torch_backend import TorchBackend
+from twofold.infer.backends.weight_only import quantise
 from twofold.models import EncoderDecoder
 
 BACKENDS: tuple[BackendName, ...] = get_args(BackendName)
@@ -24,19 +26,22 @@ def make_backend(
     backend: BackendName = "auto",
     precision: Precision | None = None,
     threads: int | None = None,
+    cache_bytes: int | None = None,
 ) -> Backend:
     """What runs a model where it lies.
 
     Args:
         model: in evaluation mode, on its device.
-        backend: `openvino` is for the CPU, and `auto` means it there if it is installed, else `torch`.
-        precision: of weights and computation. None: the model's own dtype. With `torch`, `float32` and `bfloat16` are
-            what the model is converted to, in place.
+        backend: `openvino` is for the CPU, and `auto` means it there if it is installed, else `torch`. That is the
+            model's own modules: on CUDA with graphs, see `PagedBackend`, elsewhere as they are.
+        precision: of weights and computation. None: the model's own dtype. With `torch` the model is converted to it,
+            in place; `int8` and `int4`, for CUDA only, are weights beside computation in bfloat16.
         threads: of the processor. None: one for each core.
+        cache_bytes: keys and values that will be held together at most, where that is known.
 
     Raises:
         ValueError: an unknown name, or a combination that is not available; the message says what is.
-        ImportError: `openvino` without its packages.
+        ImportError: `openvino`, or weights in int8 or int4 on CUDA, without their packages.
     """
     if backend not in BACKENDS:
         raise ValueError(f"unknown backend {backend!r}; use one of {', '.join(BACKENDS)}")
@@ -53,14 +58,25 @@ def make_backend(
     precision = precision or _own_precision(weight.dtype)
     if backend == "openvino":
         return _openvino(model, precision, threads, missing)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    if weight.device.type == "cuda":
+        return _cuda(model, precision, cache_bytes)
     if precision not in ("float32", "bfloat16"):
         raise ValueError(
             f"the torch backend runs float32 and bfloat16, got precision={precision!r}; use one of these, or "
-            "backend='openvino' on the CPU"
+            "backend='openvino' on the CPU; on CUDA it has int8 and int4 too"
         )
-    if threads is not None:
-        torch.set_num_threads(threads)
     return TorchBackend(model.to(getattr(torch, precision)))
+
+
+def _cuda(model: EncoderDecoder, precision: Precision, cache_bytes: int | None) -> Backend:
+    if precision == "int8" or precision == "int4":
+        quantise(model.to(torch.bfloat16), precision)
+    else:
+        model.to(getattr(torch, precision))
+    # Only a compiled product reads int8 as it goes: an eager one first writes the matrix out in bfloat16.
+    return PagedBackend(model, cache_bytes=cache_bytes, compiles=precision == "int8")
 
 
 def _openvino(
