@@ -13,6 +13,7 @@ from tests.infer.test_engine import alone, assert_empty, ids_request, random_req
 from tests.models.tiny import MEETINGS, assert_same, build, gemma_stack, meeting_id, pair_config, stack
 from twofold.infer import Engine
 from twofold.infer.backends import PagedBackend, TorchBackend
+from twofold.infer.backends import choose as choose_module
 from twofold.infer.backends.paged import Step
 from twofold.infer.backends.pages import EMPTY, SCRATCH
 
@@ -176,6 +177,21 @@ def test_a_step_never_leaves_the_device(meeting):
         shapes = ((4, 3), (4, 2), (4, 8))
         logits_BV = step(*(torch.zeros(size, dtype=torch.int64, device="meta") for size in shapes))
     assert logits_BV.shape == (4, 40)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_what_a_model_on_cuda_gets(precision):
+    """Made here on the CPU: in its dtype, with no more pages than the engine will fill."""
+    model = build(pair_config(stack()))
+    backend = choose_module._cuda(model, precision, 10**7)
+    assert isinstance(backend, PagedBackend)
+    assert {layer.dtype for layer in backend.pool.layers} == {getattr(torch, precision)}
+    assert model.lm_head.out_proj.weight.dtype == getattr(torch, precision)
+    for _ in range(20):
+        backend.pool.take(backend.pool.n_pages // 4)
+        if backend.pool.n_taken * backend.pool.page_bytes > 6_000_000:
+            break
+    assert 9_900_000 < backend.pool.n_pages * backend.pool.page_bytes <= 10**7
 
 
 @pytest.mark.slow

@@ -406,16 +406,17 @@ class Graph:
     def __init__(self, compute: Compute, shape: Shape, inputs: Tensor, memory: Any) -> None:
         self._inputs = inputs
         parts = shape.parts(inputs)
-        # Once outside: libraries set themselves up, and `torch.compile` compiles, with calls no graph may hold.
+        current = torch.cuda.current_stream(inputs.device)
         stream: torch.cuda.Stream = torch.cuda.Stream(inputs.device)  # type: ignore[no-untyped-call]
-        stream.wait_stream(torch.cuda.current_stream(inputs.device))
+        stream.wait_stream(current)
+        # Once outside: libraries set themselves up, and `torch.compile` compiles, with calls no graph may hold.
         with torch.cuda.stream(stream):
             compute(*parts)
-        torch.cuda.current_stream(inputs.device).wait_stream(stream)
         self._graph = torch.cuda.CUDAGraph()
-        # thread_local: other threads may use the device meanwhile.
-        with torch.cuda.graph(self._graph, pool=memory, capture_error_mode="thread_local"):
+        # A stream of the model's device, whichever is the thread's own; other threads may use it meanwhile.
+        with torch.cuda.graph(self._graph, memory, stream, capture_error_mode="thread_local"):
             self._logits_BV = compute(*parts)
+        current.wait_stream(stream)
 
     def replay(self, inputs: Tensor) -> Tensor:
         """Logits for an input of the same shape, which lies on the host, pinned. Valid until a graph runs again."""
