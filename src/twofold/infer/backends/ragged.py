@@ -334,66 +334,6 @@ def _mix(weights: Any, values: Any, first: int, out: Any) -> None:
             out[h] += a * _load(one, h)
 
 
-def _attend_any(  # compiled by numba, below
-    q_MNH: Any,
-    table: Any,
-    layer: int,
-    n_kv_heads: int,
-    reads_source: bool,
-    reads_own: bool,
-    n_scales: int,
-    witness: Any,
-    scale: Any,
-    softcap: Any,
-    out_MNH: Any,
-) -> None:
-    n_tokens, n_heads, head_dim = q_MNH.shape
-    n_groups = n_heads // n_kv_heads
-    for place in numba.prange(n_tokens * n_kv_heads):
-        m, head = place // n_kv_heads, place % n_kv_heads
-        first_source = last_source = first_own = last_own = 0
-        if reads_source:
-            first_source, last_source = table[m, 3], table[m, 2]
-        if reads_own:
-            first_own, last_own = table[m, 7], table[m, 8] + 1
-        n_source = last_source - first_source
-        n_seen = n_source + last_own - first_own
-        weights = np.empty(n_seen, np.float32)
-        q = np.empty(head_dim, np.float32)
-        mixed = np.empty(head_dim, np.float32)
-        for group in range(n_groups):
-            for h in range(head_dim):
-                q[h] = q_MNH[m, head * n_groups + group, h] * scale
-                mixed[h] = _f(0.0)
-            for which in range(2):  # keys, then values
-                for part in range(2):  # source, then own
-                    data_at, columns, first, last = table[m, 0], table[m, 2], first_source, last_source
-                    scales_at, begin = table[m, 1], 0
-                    if part == 1:
-                        data_at, columns, first, last = table[m, 4], table[m, 6], first_own, last_own
-                        scales_at, begin = table[m, 5], n_source
-                    if last <= first:
-                        continue
-                    size, places = n_kv_heads * columns * head_dim, n_kv_heads * columns
-                    data = numba.carray(_pointer(data_at), ((layer + 1) * 2 * size,), witness.dtype)
-                    start = (layer * 2 + which) * size + head * columns * head_dim
-                    of_head = data[start : start + columns * head_dim]
-                    seen = weights[begin : begin + last - first]
-                    if which == 0:
-                        _scores(q, of_head, columns, first, last, seen)
-                    if n_scales > 0:
-                        n = (layer + 1) * 2 * places
-                        scales = numba.carray(_pointer(scales_at), (n,), np.float32)
-                        start = (layer * 2 + which) * places + head * columns
-                        seen *= scales[start + first : start + last]
-                    if which == 1:
-                        _mix(seen, of_head, first, mixed)
-                if which == 0:
-                    _softmax(weights, softcap)
-            for h in range(head_dim):
-                out_MNH[m, head * n_groups + group, h] = mixed[h]
-
-
 @numba.njit(fastmath=_FAST, error_model="numpy")  # type: ignore[untyped-decorator]
 def _softmax(scores: Any, softcap: Any) -> None:
     """In place, after the soft-cap if it is above 0: softcap * tanh(x / softcap)."""
@@ -415,7 +355,125 @@ def _softmax(scores: Any, softcap: Any) -> None:
             scores[s] *= factor
 
 
-_attend_alone = numba.njit(fastmath=_FAST, error_model="numpy", nogil=True, cache=True)(_attend_any)
-_attend_together = numba.njit(fastmath=_FAST, error_model="numpy", nogil=True, cache=True, parallel=True)(
-    _attend_any
-)
+@numba.njit(fastmath=_FAST, error_model="numpy")  # type: ignore[untyped-decorator]
+def _attend_one(
+    place: int,
+    q_MNH: Any,
+    table: Any,
+    layer: int,
+    n_kv_heads: int,
+    reads_source: bool,
+    reads_own: bool,
+    n_scales: int,
+    witness: Any,
+    scale: Any,
+    softcap: Any,
+    out_MNH: Any,
+) -> None:
+    """One token and key-value head."""
+    n_heads, head_dim = q_MNH.shape[1:]
+    n_groups = n_heads // n_kv_heads
+    m, head = place // n_kv_heads, place % n_kv_heads
+    first_source = last_source = first_own = last_own = 0
+    if reads_source:
+        first_source, last_source = table[m, 3], table[m, 2]
+    if reads_own:
+        first_own, last_own = table[m, 7], table[m, 8] + 1
+    n_source = last_source - first_source
+    n_seen = n_source + last_own - first_own
+    weights = np.empty(n_seen, np.float32)
+    q = np.empty(head_dim, np.float32)
+    mixed = np.empty(head_dim, np.float32)
+    for group in range(n_groups):
+        for h in range(head_dim):
+            q[h] = q_MNH[m, head * n_groups + group, h] * scale
+            mixed[h] = _f(0.0)
+        for which in range(2):  # keys, then values
+            for part in range(2):  # source, then own
+                data_at, columns, first, last = table[m, 0], table[m, 2], first_source, last_source
+                scales_at, begin = table[m, 1], 0
+                if part == 1:
+                    data_at, columns, first, last = table[m, 4], table[m, 6], first_own, last_own
+                    scales_at, begin = table[m, 5], n_source
+                if last <= first:
+                    continue
+                size, places = n_kv_heads * columns * head_dim, n_kv_heads * columns
+                data = numba.carray(_pointer(data_at), ((layer + 1) * 2 * size,), witness.dtype)
+                start = (layer * 2 + which) * size + head * columns * head_dim
+                of_head = data[start : start + columns * head_dim]
+                seen = weights[begin : begin + last - first]
+                if which == 0:
+                    _scores(q, of_head, columns, first, last, seen)
+                if n_scales > 0:
+                    n = (layer + 1) * 2 * places
+                    scales = numba.carray(_pointer(scales_at), (n,), np.float32)
+                    start = (layer * 2 + which) * places + head * columns
+                    seen *= scales[start + first : start + last]
+                if which == 1:
+                    _mix(seen, of_head, first, mixed)
+            if which == 0:
+                _softmax(weights, softcap)
+        for h in range(head_dim):
+            out_MNH[m, head * n_groups + group, h] = mixed[h]
+
+
+@numba.njit(fastmath=_FAST, error_model="numpy", nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def _attend_alone(
+    q_MNH: Any,
+    table: Any,
+    layer: int,
+    n_kv_heads: int,
+    reads_source: bool,
+    reads_own: bool,
+    n_scales: int,
+    witness: Any,
+    scale: Any,
+    softcap: Any,
+    out_MNH: Any,
+) -> None:
+    for place in range(q_MNH.shape[0] * n_kv_heads):
+        _attend_one(
+            place,
+            q_MNH,
+            table,
+            layer,
+            n_kv_heads,
+            reads_source,
+            reads_own,
+            n_scales,
+            witness,
+            scale,
+            softcap,
+            out_MNH,
+        )
+
+
+@numba.njit(fastmath=_FAST, error_model="numpy", nogil=True, cache=True, parallel=True)  # type: ignore[untyped-decorator]
+def _attend_together(
+    q_MNH: Any,
+    table: Any,
+    layer: int,
+    n_kv_heads: int,
+    reads_source: bool,
+    reads_own: bool,
+    n_scales: int,
+    witness: Any,
+    scale: Any,
+    softcap: Any,
+    out_MNH: Any,
+) -> None:
+    for place in numba.prange(q_MNH.shape[0] * n_kv_heads):
+        _attend_one(
+            place,
+            q_MNH,
+            table,
+            layer,
+            n_kv_heads,
+            reads_source,
+            reads_own,
+            n_scales,
+            witness,
+            scale,
+            softcap,
+            out_MNH,
+        )
