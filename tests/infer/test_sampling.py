@@ -161,3 +161,23 @@ def test_a_nucleus_larger_than_the_head_of_the_vocabulary(top_p):
     expected = transformers.TopPLogitsWarper(top_p)(torch.zeros(2, 1), logits).softmax(-1)
     assert ((found > 0) != (expected > 0)).sum() <= 2  # rounding at the edge of the nucleus
     assert torch.allclose(found, expected, atol=1e-5)
+
+
+def test_a_large_vocabulary_is_drawn_from_as_if_cumulated_one_by_one():
+    """900 tokens in blocks, the last one not whole; most have no probability, and those are never drawn."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(1, 900, generator=generator) * 3
+    logits[:, torch.rand(900, generator=generator) < 0.7] = -torch.inf
+    logits[:, 640:] = -torch.inf
+    cumulated = logits.double().softmax(-1).cumsum(-1)
+    found = set()
+    for seed in range(300):
+        sampler = Sampler(Sampling(temperature=1.0, seed=seed), 1, torch.device("cpu"))
+        chosen = sampler.choose(logits).item()
+        uniform = torch.rand((), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        assert (
+            chosen
+            == torch.searchsorted(cumulated, (uniform * cumulated[0, -1])[None, None], right=True).item()
+        )
+        found.add(chosen // 256)
+    assert found == {0, 1, 2}

@@ -14,12 +14,17 @@ import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor
+from torch.nn import functional as F
 
 from twofold.config.base import Config
 
 _HEAD = 1024
 """The nucleus of top-p is first looked for among so many tokens: sorting a vocabulary of 256k takes longer than a
 decoding step."""
+
+
+_BLOCK = 256
+"""Tokens whose probabilities are added up before one of them is looked for."""
 
 
 class Sampling(Config):
@@ -95,13 +100,28 @@ class Sampler:
         self._counts = [self._counts[row] for row in rows]
 
     def _draw(self, probabilities_BV: Tensor) -> Tensor:
-        """One token per row: where a uniform number falls in the cumulated probabilities."""
+        """One token per row: where a uniform number falls in the cumulated probabilities, looked for among blocks of
+        tokens first: cumulating a vocabulary one by one takes longer than the softmax."""
         # float64: over a large vocabulary float32 sums lose the unlikely tokens at the end.
-        cumulated_BV = probabilities_BV.double().cumsum(dim=-1)
+        n_vocab = probabilities_BV.shape[-1]
+        padded_BV = F.pad(probabilities_BV, (0, -n_vocab % _BLOCK))
+        blocks_BMC = padded_BV.view(len(padded_BV), -1, _BLOCK)
+        sums_BM = blocks_BMC.sum(dim=-1, dtype=torch.float64)
+        cumulated_BM = sums_BM.cumsum(dim=-1)
         uniform = [torch.rand((), generator=generator, dtype=torch.float64) for generator in self._generators]
-        places_B1 = torch.stack(uniform).to(self.device)[:, None] * cumulated_BV[:, -1:]
-        chosen_B1 = torch.searchsorted(cumulated_BV, places_B1, right=True)
-        return chosen_B1[:, 0].clamp(max=probabilities_BV.shape[-1] - 1)
+        places_B1 = torch.stack(uniform).to(self.device)[:, None] * cumulated_BM[:, -1:]
+        block_B1 = torch.searchsorted(cumulated_BM, places_B1, right=True).clamp(
+            max=cumulated_BM.shape[-1] - 1
+        )
+        before_B1 = (cumulated_BM - sums_BM).gather(1, block_B1)
+        rows = torch.arange(len(block_B1), device=self.device)
+        within_BC = blocks_BMC[rows, block_B1[:, 0]].double().cumsum(dim=-1)
+        # Below the block's end, whatever rounding did: what follows has no probability.
+        inside_B1 = torch.minimum(
+            places_B1 - before_B1, within_BC[:, -1:].nextafter(torch.zeros_like(before_B1))
+        )
+        column_B1 = torch.searchsorted(within_BC, inside_B1, right=True)
+        return (block_B1 * _BLOCK + column_B1)[:, 0]
 
 
 def most_likely(logits_BV: Tensor) -> Tensor:
@@ -138,7 +158,9 @@ def penalised(logits_V: Tensor, counts: Counter[int], sampling: Sampling) -> Ten
 
 def filtered_probabilities(logits_BV: Tensor, sampling: Sampling) -> Tensor:
     """float32 [B, V]: probabilities after temperature, top-k, top-p and min-p, summing to 1."""
-    logits_BV = logits_BV.float() / sampling.temperature
+    logits_BV = logits_BV.float()
+    if sampling.temperature != 1.0:
+        logits_BV = logits_BV / sampling.temperature
     if sampling.top_k is not None and sampling.top_k < logits_BV.shape[-1]:
         threshold_B1 = logits_BV.topk(sampling.top_k, dim=-1).values[:, -1:]
         logits_BV = logits_BV.masked_fill(logits_BV < threshold_B1, -torch.inf)
