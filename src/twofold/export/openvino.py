@@ -135,9 +135,10 @@ def _run_folder(folder: Path, config: EncoderDecoderConfig) -> Run:
 
     def run(given: Sequence[Sample]) -> list[Tensor]:
         core = _library().Core()
+        from twofold.infer.backends.openvino.compiling import compile_graph
+
         encoder, decoder = (
-            core.compile_model(folder / name, "CPU", _EXACT).create_infer_request()
-            for name in (ENCODER, DECODER)
+            compile_graph(core, folder / name, _EXACT).create_infer_request() for name in (ENCODER, DECODER)
         )
         source_ids, source_mask = _padded([source for source, _ in given], is_left=False)
         read = encoder.infer({"input_ids": source_ids, "attention_mask": source_mask}).to_dict()

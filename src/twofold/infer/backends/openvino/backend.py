@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from twofold.infer.backends.base import Held, Precision, Start
+from twofold.infer.backends.openvino.compiling import compile_graph
 from twofold.infer.backends.openvino.decoder import DecoderChain
 from twofold.infer.backends.openvino.encoder import EncoderGraph
 from twofold.infer.backends.openvino.lower import Lowering, WeightFormat
@@ -72,7 +73,7 @@ class OpenVinoBackend:
         core = ov.Core()
 
         def compile_model(graph: ov.Model) -> Any:
-            return core.compile_model(graph, "CPU", settings)
+            return compile_graph(core, graph, settings)
 
         lowering = Lowering(formats.weights)
         self._encoder = EncoderGraph(model, lowering, compile_model)
@@ -176,6 +177,7 @@ class OpenVinoBackend:
         for request, row, tokens in taken:
             source, own = request.source, request.rows[row]
             n_source = source.n_columns
+            assert request.n_tokens + len(tokens) <= own.n_columns  # kernels write where they are told
             for index in range(request.n_tokens, request.n_tokens + len(tokens)):
                 first_source = first_own = 0
                 if past is not None:
