@@ -27,8 +27,8 @@ class _SignalStack(ctypes.Structure):
 def kept_signal_stack() -> Iterator[None]:
     """Leave the thread with the stack for signal handlers that it had.
 
-    OpenVINO 2026.4 puts one of its own in place while it compiles, and frees it: the next Ctrl-C or SIGTERM, whose
-    Python handlers ask for that stack, would end the process with a segmentation fault.
+    OpenVINO 2026.4 puts one of its own in place when it compiles for one thread: the next Ctrl-C or SIGTERM, whose
+    Python handlers ask for that stack, ended the test suite with a segmentation fault.
     """
     if not sys.platform.startswith("linux"):
         yield
