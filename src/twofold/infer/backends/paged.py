@@ -29,7 +29,7 @@ from torch import Tensor
 
 from twofold.infer.backends.base import Held, Start
 from twofold.infer.backends.pages import SCRATCH, HeldPages, PagePool
-from twofold.infer.padding import padded
+from twofold.infer.backends.prefill import prefill
 from twofold.models import DecoderCache, EncoderDecoder
 from twofold.models.attention import Attention
 from twofold.models.cache import KeyValues
@@ -84,12 +84,7 @@ class PagedBackend:
     @torch.no_grad()
     def start(self, starts: Sequence[Start]) -> list[tuple[Held, Tensor]]:
         """See `Backend`."""
-        model = self.model
-        encoded = model.encode(*padded([start.source_ids for start in starts], "right", self.device))
-        prefix_ids, prefix_mask = padded([start.prefix_ids for start in starts], "left", self.device)
-        cache = DecoderCache()
-        x_BTD, _ = model.decoder(prefix_ids, prefix_mask.long(), encoded, cache)
-        logits_BV = model.lm_head(x_BTD[:, -1:])[:, 0]
+        cache, logits_BV = prefill(self.model, starts, self.device)
         held = self._hold(starts, cache)
         return list(zip(held, logits_BV.unbind(), strict=True))
 

@@ -23,8 +23,8 @@ from torch import Tensor
 
 from twofold.config import EncoderDecoderConfig, LayerType
 from twofold.infer.backends.base import Held, Start
-from twofold.infer.padding import padded
-from twofold.models import DecoderCache, EncoderDecoder
+from twofold.infer.backends.prefill import prefill
+from twofold.models import EncoderDecoder
 from twofold.models.attention import Attention, attend_everything
 from twofold.models.cache import KeyValues, LayerCache
 from twofold.models.masks import decoder_rule
@@ -55,14 +55,9 @@ class TorchBackend:
     @torch.no_grad()
     def start(self, starts: Sequence[Start]) -> list[tuple[Held, Tensor]]:
         """See `Backend`."""
-        model = self.model
-        encoded = model.encode(*padded([start.source_ids for start in starts], "right", self.device))
-        prefix_ids, prefix_mask = padded([start.prefix_ids for start in starts], "left", self.device)
-        cache = DecoderCache()
-        x_BTD, _ = model.decoder(prefix_ids, prefix_mask.long(), encoded, cache)
-        logits_BV = model.lm_head(x_BTD[:, -1:])[:, 0]
+        cache, logits_BV = prefill(self.model, starts, self.device)
         return [
-            (HeldTensors(model.config, start, cache.layers, row), logits_V)
+            (HeldTensors(self.model.config, start, cache.layers, row), logits_V)
             for row, (start, logits_V) in enumerate(zip(starts, logits_BV, strict=True))
         ]
 
