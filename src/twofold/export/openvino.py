@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from torch import Tensor
 from twofold.config import EncoderDecoderConfig
 from twofold.export.agreement import Run, Sample, Written, chosen_logprobs, in_float32
 from twofold.export.transformers import for_sources, wanted_ids
+from twofold.infer.padding import padded
 from twofold.models import EncoderDecoder
 
 if TYPE_CHECKING:
@@ -132,19 +133,18 @@ def _write_tokenizer(model: EncoderDecoder, folder: Path) -> None:
 
 def _run_folder(folder: Path, config: EncoderDecoderConfig) -> Run:
     """All samples in one batch, sources padded on the right and targets on the left; the last tokens one by one."""
+    from twofold.infer.backends.openvino.compiling import compile_graph
 
     def run(given: Sequence[Sample]) -> list[Tensor]:
         core = _library().Core()
-        from twofold.infer.backends.openvino.compiling import compile_graph
-
         encoder, decoder = (
             compile_graph(core, folder / name, _EXACT).create_infer_request() for name in (ENCODER, DECODER)
         )
-        source_ids, source_mask = _padded([source for source, _ in given], is_left=False)
+        source_ids, source_mask = _padded([source for source, _ in given], "right")
         read = encoder.infer({"input_ids": source_ids, "attention_mask": source_mask}).to_dict()
         of_source = {output.get_any_name(): keys_values for output, keys_values in read.items()}
         of_source["encoder_attention_mask"] = source_mask
-        target_ids, target_mask = _padded([target[:-1] for _, target in given], is_left=True)
+        target_ids, target_mask = _padded([target[:-1] for _, target in given], "left")
         n_tokens = target_ids.shape[1]
         edges = [0, *range(max(1, n_tokens - _STEPS), n_tokens + 1)]
         found = []
@@ -164,11 +164,7 @@ def _run_folder(folder: Path, config: EncoderDecoderConfig) -> Run:
     return run
 
 
-def _padded(rows: Sequence[Sequence[int]], *, is_left: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Ids, 0 where padded, and mask, int64 [B, longest]."""
-    longest = max(map(len, rows))
-    ids, mask = np.zeros((2, len(rows), longest), np.int64)
-    for i, row in enumerate(rows):
-        where = slice(longest - len(row), longest) if is_left else slice(len(row))
-        ids[i, where], mask[i, where] = row, 1
-    return ids, mask
+def _padded(rows: Sequence[Sequence[int]], side: Literal["left", "right"]) -> tuple[np.ndarray, np.ndarray]:
+    """Ids and mask, int64 [B, longest]."""
+    ids, mask = padded(rows, side, torch.device("cpu"))
+    return ids.numpy(), mask.long().numpy()

@@ -106,16 +106,14 @@ def decoder_graph(model: EncoderDecoder, lower: Lowering) -> ov.Model:
         parts = [(states.grown_by(i, *new), mask.of_own)]
         if decoder.is_merged:
             parts.insert(0, (of_source, mask.of_source))
-        attended = lower.project(layer.self_attn, _attend(layer.self_attn, q, parts))
-        x = op.add(x, lower.rms_norm(layer.post_self_attn_layernorm, attended))
+        found = _attend(layer.self_attn, q, parts)
+        x = lower.attended(layer.self_attn, layer.post_self_attn_layernorm, x, found)
         if not decoder.is_merged:
             read = lower.rms_norm(layer.pre_cross_attn_layernorm, x)
             q = lower.queries(layer.cross_attn, read, rope if decoder.cross_rope else None)
-            attended = _attend(layer.cross_attn, q, [(of_source, mask.of_source)])
-            attended = lower.project(layer.cross_attn, op.multiply(attended, has_source))
-            x = op.add(x, lower.rms_norm(layer.post_cross_attn_layernorm, attended))
-        inner = lower.mlp(layer.mlp, lower.rms_norm(layer.pre_feedforward_layernorm, x))
-        x = op.add(x, lower.rms_norm(layer.post_feedforward_layernorm, inner))
+            found = op.multiply(_attend(layer.cross_attn, q, [(of_source, mask.of_source)]), has_source)
+            x = lower.attended(layer.cross_attn, layer.post_cross_attn_layernorm, x, found)
+        x = lower.feed_forward(layer, x)
     logits = _named(lower.head(model.lm_head, lower.rms_norm(decoder.norm, x)), "logits")
     return ov.Model([op.result(logits)], states.sinks, inputs, "decoder")
 

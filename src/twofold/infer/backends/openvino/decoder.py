@@ -19,7 +19,7 @@ import numpy as np
 import openvino as ov
 import openvino.opset15 as op
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from twofold.config import LayerType
 from twofold.infer.backends.openvino.lower import Lowering, Node, Rope, ints, model_of, parameter
@@ -170,7 +170,9 @@ class DecoderChain:
             new = lower.keys_values(layer.self_attn, read, rope)
             yield graph.piece(compile_model, [] if i == 0 else [x], [q, *new], i, layer.self_attn)
             graph = _Graph(self._model)
-            x = _after(lower, graph, layer.self_attn, layer.post_self_attn_layernorm)
+            x = lower.attended(
+                layer.self_attn, layer.post_self_attn_layernorm, graph.input("x"), graph.input("attended")
+            )
             if not decoder.is_merged:
                 read = lower.rms_norm(layer.pre_cross_attn_layernorm, x)
                 q = lower.queries(
@@ -178,9 +180,13 @@ class DecoderChain:
                 )
                 yield graph.piece(compile_model, [x], [q], i, layer.cross_attn)
                 graph = _Graph(self._model)
-                x = _after(lower, graph, layer.cross_attn, layer.post_cross_attn_layernorm)
-            inner = lower.mlp(layer.mlp, lower.rms_norm(layer.pre_feedforward_layernorm, x))
-            x = op.add(x, lower.rms_norm(layer.post_feedforward_layernorm, inner))
+                x = lower.attended(
+                    layer.cross_attn,
+                    layer.post_cross_attn_layernorm,
+                    graph.input("x"),
+                    graph.input("attended"),
+                )
+            x = lower.feed_forward(layer, x)
         logits = lower.head(self._model.lm_head, lower.rms_norm(decoder.norm, x))
         yield graph.piece(compile_model, [], [logits], 0, None)
 
@@ -229,9 +235,3 @@ class _Graph:
             attention=attention,
             has_new=len(others) == 3,
         )
-
-
-def _after(lower: Lowering, graph: _Graph, attention: Attention, norm: nn.Module) -> Node:
-    """x plus what an attention sub-layer found: how a piece behind a cut begins."""
-    x, attended = graph.input("x"), graph.input("attended")
-    return op.add(x, lower.rms_norm(norm, lower.project(attention, attended)))

@@ -168,11 +168,9 @@ def read_source(
         assert isinstance(layer, EncoderBlock)
         read = lower.rms_norm(layer.pre_self_attn_layernorm, x)
         read_by_layer.append(read)
-        attended = _attend(encoder, lower, layer.self_attn, read, rope[layer_type], mask)
-        attended = lower.project(layer.self_attn, attended)
-        x = op.add(x, lower.rms_norm(layer.post_self_attn_layernorm, attended))
-        inner = lower.mlp(layer.mlp, lower.rms_norm(layer.pre_feedforward_layernorm, x))
-        x = op.add(x, lower.rms_norm(layer.post_feedforward_layernorm, inner))
+        found = _attend(encoder, lower, layer.self_attn, read, rope[layer_type], mask)
+        x = lower.attended(layer.self_attn, layer.post_self_attn_layernorm, x, found)
+        x = lower.feed_forward(layer, x)
     aligned = encoder.aligned_layers
     if aligned is None:
         memory = [lower.rms_norm(encoder.norm, x)] * len(decoder.layers)

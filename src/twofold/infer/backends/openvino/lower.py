@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from twofold.models.attention import Attention
 from twofold.models.encoder_decoder import LMHead
 from twofold.models.layers import Embedding, GatedMLP, RMSNorm
+from twofold.models.stack import Block
 
 Node = Any
 """`openvino.Node`, or an output of one."""
@@ -96,6 +97,15 @@ class Lowering:
         """[..., N, H] back to [..., D]."""
         joined = op.reshape(attended, ints(0, 0, module.n_heads * module.head_dim), special_zero=True)
         return self.linear(module.o_proj, joined)
+
+    def attended(self, module: Attention, norm: nn.Module, x: Node, found: Node) -> Node:
+        """x plus an attention sub-layer, which `found` [..., N, H]."""
+        return op.add(x, self.rms_norm(norm, self.project(module, found)))
+
+    def feed_forward(self, block: Block, x: Node) -> Node:
+        """x plus the MLP sub-layer, see `Block.feed_forward`."""
+        inner = self.mlp(block.mlp, self.rms_norm(block.pre_feedforward_layernorm, x))
+        return op.add(x, self.rms_norm(block.post_feedforward_layernorm, inner))
 
     def head(self, module: LMHead, x: Node) -> Node:
         """Logits, after the soft-cap where there is one."""
