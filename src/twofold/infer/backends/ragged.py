@@ -105,18 +105,9 @@ class Columns:
             self.scales.reshape(heads)[..., :n_used] = other.scales.reshape(heads)[..., :n_used]
 
 
-TABLE_COLUMNS = (
-    "source_data",
-    "source_scales",
-    "source_columns",
-    "source_first",
-    "own_data",
-    "own_scales",
-    "own_columns",
-    "own_first",
-    "own_index",
-)
-"""One row of a step's table for each new token: where the source's and the row's own keys and values begin, how many
+SOURCE_DATA, SOURCE_SCALES, SOURCE_COLUMNS, SOURCE_FIRST = range(4)
+OWN_DATA, OWN_SCALES, OWN_COLUMNS, OWN_FIRST, OWN_INDEX = range(4, 9)
+"""What a step's table says of each new token: where the source's and the row's own keys and values begin, how many
 columns they have, the first column that the token sees, and the column the token itself gets, the last it sees."""
 
 
@@ -138,21 +129,20 @@ def attend(
         q_MNH: float32, rotated.
         new: keys and values of the tokens, float32 [M, K, H] each, stored before anything is read; tokens of one row
             must stand in their order. None: the rows' own are not looked at.
-        table: int64 [M, 9], see `TABLE_COLUMNS`.
+        table: int64 [M, 9], see `SOURCE_DATA` and those after it.
         reads_source: the source is looked at; without `new` it must be.
         scale, softcap: as in `models.attention.attend`.
     """
     witness = np.empty(0, _STORED[layout.dtype])
-    k_MKH, v_MKH = new if new is not None else (q_MNH[:, :0], q_MNH[:, :0])
-    if new is not None:
-        _store(k_MKH, v_MKH, table, layer, witness)
     n_seen = 0
     if reads_source:
-        n_seen += int((table[:, 2] - table[:, 3]).sum())
+        n_seen += int((table[:, SOURCE_COLUMNS] - table[:, SOURCE_FIRST]).sum())
     if new is not None:
-        n_seen += int((table[:, 8] - table[:, 7]).sum())
+        _store(*new, table, layer, witness)
+        n_seen += int((table[:, OWN_INDEX] - table[:, OWN_FIRST]).sum())
     kernel = _attend_alone if n_seen * q_MNH.shape[1] * q_MNH.shape[2] < _ALONE else _attend_together
     kernel(
+        len(q_MNH) * layout.n_kv_heads,
         q_MNH,
         table,
         layer,
@@ -279,11 +269,11 @@ def _store_one_of(stored: Any, scales: Any, start: Any, step: Any, place: Any, x
 def _store(k_MKH: Any, v_MKH: Any, table: Any, layer: int, witness: Any) -> None:
     n_tokens, n_kv_heads, head_dim = k_MKH.shape
     for m in range(n_tokens):
-        columns, column = table[m, 6], table[m, 8]
+        columns, column = table[m, OWN_COLUMNS], table[m, OWN_INDEX]
         size = n_kv_heads * columns * head_dim
-        data = numba.carray(_pointer(table[m, 4]), ((layer + 1) * 2 * size,), witness.dtype)
+        data = numba.carray(_pointer(table[m, OWN_DATA]), ((layer + 1) * 2 * size,), witness.dtype)
         places = n_kv_heads * columns
-        scales = numba.carray(_pointer(table[m, 5]), ((layer + 1) * 2 * places,), np.float32)
+        scales = numba.carray(_pointer(table[m, OWN_SCALES]), ((layer + 1) * 2 * places,), np.float32)
         for head in range(n_kv_heads):
             start = layer * 2 * size + head * head_dim * columns + column
             place = layer * 2 * places + head * columns + column
@@ -376,9 +366,9 @@ def _attend_one(
     m, head = place // n_kv_heads, place % n_kv_heads
     first_source = last_source = first_own = last_own = 0
     if reads_source:
-        first_source, last_source = table[m, 3], table[m, 2]
+        first_source, last_source = table[m, SOURCE_FIRST], table[m, SOURCE_COLUMNS]
     if reads_own:
-        first_own, last_own = table[m, 7], table[m, 8] + 1
+        first_own, last_own = table[m, OWN_FIRST], table[m, OWN_INDEX] + 1
     n_source = last_source - first_source
     n_seen = n_source + last_own - first_own
     weights = np.empty(n_seen, np.float32)
@@ -390,11 +380,21 @@ def _attend_one(
             mixed[h] = _f(0.0)
         for which in range(2):  # keys, then values
             for part in range(2):  # source, then own
-                data_at, columns, first, last = table[m, 0], table[m, 2], first_source, last_source
-                scales_at, begin = table[m, 1], 0
+                data_at, columns, first, last = (
+                    table[m, SOURCE_DATA],
+                    table[m, SOURCE_COLUMNS],
+                    first_source,
+                    last_source,
+                )
+                scales_at, begin = table[m, SOURCE_SCALES], 0
                 if part == 1:
-                    data_at, columns, first, last = table[m, 4], table[m, 6], first_own, last_own
-                    scales_at, begin = table[m, 5], n_source
+                    data_at, columns, first, last = (
+                        table[m, OWN_DATA],
+                        table[m, OWN_COLUMNS],
+                        first_own,
+                        last_own,
+                    )
+                    scales_at, begin = table[m, OWN_SCALES], n_source
                 if last <= first:
                     continue
                 size, places = n_kv_heads * columns * head_dim, n_kv_heads * columns
@@ -417,63 +417,16 @@ def _attend_one(
             out_MNH[m, head * n_groups + group, h] = mixed[h]
 
 
+# Two functions of two names: by its name numba's cache on disk would take the one for the other.
+
+
 @numba.njit(fastmath=_FAST, error_model="numpy", nogil=True, cache=True)  # type: ignore[untyped-decorator]
-def _attend_alone(
-    q_MNH: Any,
-    table: Any,
-    layer: int,
-    n_kv_heads: int,
-    reads_source: bool,
-    reads_own: bool,
-    n_scales: int,
-    witness: Any,
-    scale: Any,
-    softcap: Any,
-    out_MNH: Any,
-) -> None:
-    for place in range(q_MNH.shape[0] * n_kv_heads):
-        _attend_one(
-            place,
-            q_MNH,
-            table,
-            layer,
-            n_kv_heads,
-            reads_source,
-            reads_own,
-            n_scales,
-            witness,
-            scale,
-            softcap,
-            out_MNH,
-        )
+def _attend_alone(n_places: int, *arguments: Any) -> None:
+    for place in range(n_places):
+        _attend_one(place, *arguments)
 
 
 @numba.njit(fastmath=_FAST, error_model="numpy", nogil=True, cache=True, parallel=True)  # type: ignore[untyped-decorator]
-def _attend_together(
-    q_MNH: Any,
-    table: Any,
-    layer: int,
-    n_kv_heads: int,
-    reads_source: bool,
-    reads_own: bool,
-    n_scales: int,
-    witness: Any,
-    scale: Any,
-    softcap: Any,
-    out_MNH: Any,
-) -> None:
-    for place in numba.prange(q_MNH.shape[0] * n_kv_heads):
-        _attend_one(
-            place,
-            q_MNH,
-            table,
-            layer,
-            n_kv_heads,
-            reads_source,
-            reads_own,
-            n_scales,
-            witness,
-            scale,
-            softcap,
-            out_MNH,
-        )
+def _attend_together(n_places: int, *arguments: Any) -> None:
+    for place in numba.prange(n_places):
+        _attend_one(place, *arguments)

@@ -20,7 +20,16 @@ from twofold.infer.backends.openvino.compiling import compile_graph
 from twofold.infer.backends.openvino.decoder import DecoderChain
 from twofold.infer.backends.openvino.encoder import EncoderGraph
 from twofold.infer.backends.openvino.lower import Lowering, WeightFormat
-from twofold.infer.backends.ragged import CacheDtype, Columns, Floats, Layout, attend, limited_threads
+from twofold.infer.backends.ragged import (
+    OWN_INDEX,
+    SOURCE_COLUMNS,
+    CacheDtype,
+    Columns,
+    Floats,
+    Layout,
+    attend,
+    limited_threads,
+)
 from twofold.infer.padding import padded
 from twofold.models import EncoderDecoder
 from twofold.models.attention import Attention
@@ -145,9 +154,9 @@ class OpenVinoBackend:
         ids = [token for _, _, tokens in taken for token in tokens]
         tables = {layer_type: self._table(taken, window) for layer_type, window in self._windows.items()}
         any_table = next(iter(tables.values()))
-        positions = torch.from_numpy(any_table[:, 8].copy())
+        positions = torch.from_numpy(any_table[:, OWN_INDEX].copy())
         if self._continues:
-            positions += torch.from_numpy(any_table[:, 2])
+            positions += torch.from_numpy(any_table[:, SOURCE_COLUMNS])
         layer_types = self._model.config.decoder.layer_types
 
         def attend_kept(
@@ -171,7 +180,7 @@ class OpenVinoBackend:
     def _table(
         self, taken: Sequence[tuple[HeldColumns, int, Sequence[int]]], past: int | None
     ) -> npt.NDArray[np.int64]:
-        """See `ragged.TABLE_COLUMNS`; `past`: how many tokens back the layer's window reaches."""
+        """See `ragged.SOURCE_DATA` and those after it; `past`: how many tokens back the layer's window reaches."""
         rows = []
         covers_source = self._model.config.window_covers_source
         for request, row, tokens in taken:
