@@ -1,28 +1,20 @@
 """`twofold export` as a user types it."""
 
 import json
-import sys
 
 import pytest
 
 import twofold
 from tests.models.tiny import build, pair_config, stack
-from twofold.cli import main
 
 
 @pytest.fixture
-def run(monkeypatch, capsys):
-    """Calls the command line in this process; returns exit status, stdout, stderr in one line."""
+def run(run):
+    """With stderr in one line."""
 
     def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["twofold", *map(str, arguments)])
-        try:
-            main()
-            status = 0
-        except SystemExit as exit:
-            status = exit.code or 0
-        captured = capsys.readouterr()
-        return status, captured.out, " ".join(captured.err.split())
+        status, out, err = run(*arguments)
+        return status, out, " ".join(err.split())
 
     return call
 

@@ -361,10 +361,20 @@ class TestBadRequests:
 
 
 class TestFailuresOfTheBackend:
+    @staticmethod
+    def assert_only_the_second_of_three_fails(engine):
+        """Its source is the one with token 39, and the only one of two tokens."""
+        handles = [engine.submit(ids_request(source=source)) for source in ([5], [39, 5], [6])]
+        with pytest.raises(RequestFailed, match="too much"):
+            handles[1].result()
+        for handle in (handles[0], handles[2]):
+            expected = alone(engine.model, handle.prepared.request)
+            assert [(c.token_ids, c.finish_reason) for c in handle.result()] == expected
+        assert_empty(engine)
+
     def test_an_encoding_that_fails_takes_nobody_with_it(self, monkeypatch):
         """Out of memory for sources that contain token 39."""
-        model = build(pair_config(stack()))
-        engine = Engine(model, device="cpu")
+        engine = Engine(build(pair_config(stack())), device="cpu")
         start = engine.loop.backend.start
 
         def failing(starts):
@@ -373,42 +383,27 @@ class TestFailuresOfTheBackend:
             return start(starts)
 
         monkeypatch.setattr(engine.loop.backend, "start", failing)
-        handles = [engine.submit(ids_request(source=source)) for source in ([5], [39, 5], [6])]
-        with pytest.raises(RequestFailed, match="too much"):
-            handles[1].result()
-        for handle in (handles[0], handles[2]):
-            expected = alone(model, handle.prepared.request)
-            assert [(c.token_ids, c.finish_reason) for c in handle.result()] == expected
-        assert_empty(engine)
+        self.assert_only_the_second_of_three_fails(engine)
 
     def test_a_step_that_fails_is_tried_one_by_one(self, monkeypatch):
-        model = build(pair_config(stack()))
-        engine = Engine(model, device="cpu")
+        engine = Engine(build(pair_config(stack())), device="cpu")
         start, step = engine.loop.backend.start, engine.loop.backend.step
-        running = {}
+        failing_ones = []
 
         def noting(starts):
             started = start(starts)
-            running.update(
-                (len(s.source_ids) - 1, held) for s, (held, _) in zip(starts, started, strict=True)
-            )
+            pairs = zip(starts, started, strict=True)
+            failing_ones.extend(held for s, (held, _) in pairs if 39 in s.source_ids)
             return started
 
-        monkeypatch.setattr(engine.loop.backend, "start", noting)
-
         def failing(held, tokens):
-            if running[1] in held and held[0].n_tokens == 3:
+            if failing_ones[0] in held and held[0].n_tokens == 3:
                 raise MemoryError("too much")
             return step(held, tokens)
 
+        monkeypatch.setattr(engine.loop.backend, "start", noting)
         monkeypatch.setattr(engine.loop.backend, "step", failing)
-        handles = [engine.submit(ids_request(source=source)) for source in ([5], [39, 5], [6])]
-        with pytest.raises(RequestFailed, match="too much"):
-            handles[1].result()
-        for handle in (handles[0], handles[2]):
-            expected = alone(model, handle.prepared.request)
-            assert [(c.token_ids, c.finish_reason) for c in handle.result()] == expected
-        assert_empty(engine)
+        self.assert_only_the_second_of_three_fails(engine)
 
     def test_logits_that_are_no_numbers(self):
         model = build(pair_config(stack()))

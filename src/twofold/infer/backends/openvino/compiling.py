@@ -17,7 +17,7 @@ def compile_graph(core: ov.Core, graph: Any, settings: dict[str, Any]) -> Any:
         return core.compile_model(graph, "CPU", settings)
 
 
-class _SignalStack(ctypes.Structure):
+class SignalStack(ctypes.Structure):
     """`stack_t` of Linux."""
 
     _fields_ = (("pointer", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t))
@@ -33,9 +33,15 @@ def kept_signal_stack() -> Iterator[None]:
     if not sys.platform.startswith("linux"):
         yield
         return
-    libc, before = ctypes.CDLL(None), _SignalStack()
-    libc.sigaltstack(None, ctypes.byref(before))
+    before = signal_stack()
     try:
         yield
     finally:
-        libc.sigaltstack(ctypes.byref(before), None)
+        ctypes.CDLL(None).sigaltstack(ctypes.byref(before), None)
+
+
+def signal_stack() -> SignalStack:
+    """The calling thread's, on Linux."""
+    found = SignalStack()
+    ctypes.CDLL(None).sigaltstack(None, ctypes.byref(found))
+    return found
