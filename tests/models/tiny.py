@@ -112,8 +112,10 @@ def pair_config(
 
 
 def build(config: EncoderDecoderConfig, seed: int = 0, *, qk_factor: float = 1.0) -> EncoderDecoder:
-    """A model with random weights, in evaluation mode."""
-    model = EncoderDecoder(config).eval()
+    """A model with random weights, in evaluation mode; the same for the same seed."""
+    with torch.random.fork_rng(devices=[]):  # `randomise` adds to what biases are drawn as
+        torch.manual_seed(seed)
+        model = EncoderDecoder(config).eval()
     randomise(model, seed, qk_factor=qk_factor)
     return model
 
