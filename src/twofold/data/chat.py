@@ -23,6 +23,10 @@ _PROBE = "twofold-reply-probe"
 """Stands for a reply when the template is asked what it writes around one."""
 
 
+class ChatRefused(ValueError):
+    """The tokenizer's chat template does not render a conversation."""
+
+
 def prompt_inputs(
     messages_or_text: Messages | str, tokenizer: ChatTokenizer, convention: Convention
 ) -> tuple[Tokens, Tokens]:
@@ -37,8 +41,9 @@ def prompt_inputs(
         Source int64 [S] and decoder prefix int64 [P].
 
     Raises:
-        ValueError: no chat template, one that cannot be used (see `messages_to_example`) or refuses the
-            conversation, or empty text for a decoder that starts from the last source token.
+        ChatRefused: see there.
+        ValueError: no chat template, one that cannot be used (see `messages_to_example`), or empty text for
+            a decoder that starts from the last source token.
     """
     if isinstance(messages_or_text, str):
         return split_inputs(encode(tokenizer, messages_or_text), convention)
@@ -50,6 +55,7 @@ def messages_to_example(messages: Messages, tokenizer: ChatTokenizer, convention
     """A supervised example from a conversation that ends with the assistant's reply.
 
     Raises:
+        ChatRefused: see there.
         ValueError: the last message is not a reply; the template changes the prompt once a reply is there,
             or its generation header is not an addition at the end; the token after a reply is no stop token.
     """
@@ -100,7 +106,7 @@ def _render(messages: Messages, tokenizer: ChatTokenizer, *, with_header: bool) 
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=with_header)
     except TemplateError as error:
         roles = [message.get("role") for message in messages]
-        raise ValueError(f"the chat template refuses a conversation with roles {roles}: {error}") from error
+        raise ChatRefused(f"the chat template refuses a conversation with roles {roles}: {error}") from error
 
 
 def _source_and_header(

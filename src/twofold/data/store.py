@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from twofold.config.data import SourceConfig
-from twofold.data.chat import record_to_example
+from twofold.data.chat import ChatRefused, record_to_example
 from twofold.data.convention import Convention
 from twofold.data.sources import BadRecord, RawRecord, Record, parse_record
 from twofold.data.tokenize import Tokenizer, encode
@@ -200,12 +200,10 @@ def tokenize_records(
 def _pair_tokens(
     record: Record, where: str, tokenizer: Tokenizer, convention: Convention
 ) -> tuple[npt.NDArray[np.int64], tuple[int, int]]:
-    from jinja2 import TemplateError  # comes with torch
-
     try:
         example = record_to_example(record, tokenizer, convention)
-    except TemplateError as error:
-        raise BadRecord("chat does not render", f"{where}: the chat template refuses it ({error})") from error
+    except ChatRefused as error:
+        raise BadRecord("chat does not render", f"{where}: {error}") from error
     except ValueError as error:
         raise BadRecord("not a usable pair", f"{where}: {error}") from error
     return np.concatenate(example[:3]), (len(example.source), len(example.decoder_prefix))
