@@ -1,6 +1,6 @@
 """What prompt lookup saves: SmolLM2-135M, adapted, answering one request at a time with and without guesses.
 
-    TWOFOLD_DATA=../shared/data python benchmarks/lookup.py [--quick] [--out benchmarks/results/lookup.json]
+    TWOFOLD_DATA=/path/to/data python benchmarks/lookup.py [--quick] [--out benchmarks/results/lookup.json]
 
 Three tasks on abstracts of SciTLDR: `summarise`, `extract` (copy sentences) and `edit` (correct what was misspelt on
 purpose); and `question`, self-instruct seed tasks without an input, whose answers have nothing to repeat. Every prompt
