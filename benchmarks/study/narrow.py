@@ -221,7 +221,7 @@ def distil(student: EncoderDecoder, donor: str, texts: Texts, options: argparse.
         )
         loader, _ = build_loaders(data, student, teaching=distillation.teaching)
         run = Path(folder) / "run"
-        fit(student, loader, None, settings, run, [progress], teacher=distillation.teacher)
+        fit(student, loader, None, settings, run, [progress], objective=distillation.objective)
     return progress
 
 

@@ -2,6 +2,7 @@
 
 import os
 import signal
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -31,7 +32,7 @@ def streams(model, owned=None, texts=TEXTS, num_streams=A):
     return Loader([corpus], model.tokenizer, config, convention, num_streams=num_streams, owned=owned)
 
 
-def run(output, changes=None, model=None, *, resume=False, held_out=True, callbacks=(), teacher=None):
+def run(output, changes=None, model=None, *, resume=False, held_out=True, callbacks=(), objective=LossModule):
     """What each rank does: losses, held-out losses."""
     config = settings(steps=4, accumulate_batches=A, **(changes or {}))
     with start_world(config) as world:
@@ -39,7 +40,15 @@ def run(output, changes=None, model=None, *, resume=False, held_out=True, callba
         loader = streams(model_here, world.streams(A))
         held = streams(model_here, texts=TEXTS[-3:], num_streams=1) if held_out else None
         result = fit(
-            model_here, loader, held, config, output, callbacks, resume=resume, world=world, teacher=teacher
+            model_here,
+            loader,
+            held,
+            config,
+            output,
+            callbacks,
+            resume=resume,
+            world=world,
+            objective=objective,
         )
     return result.losses, result.held_out
 
@@ -158,7 +167,7 @@ def teacher(batch, scored):
 
 def taught(output):
     """As `run`, with a teacher."""
-    return run(output, teacher=teacher)
+    return run(output, objective=partial(LossModule, teacher=teacher))
 
 
 def test_a_teacher_changes_nothing_about_that(tmp_path):

@@ -5,7 +5,7 @@ B: rows. S: source positions. T: decoder positions.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -68,13 +68,13 @@ class Batch:
         """Tokens on both sides that are not padding (waits for the device)."""
         return int((self.segment_ids > 0).sum() + (self.decoder_segment_ids > 0).sum())
 
-    def to(self, device: torch.device | str) -> "Batch":
+    def to(self, device: torch.device | str) -> Self:
         """The same batch on a device."""
         moved: dict[str, Any] = {}
         for f in fields(self):
             value = getattr(self, f.name)
             moved[f.name] = value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
-        return Batch(**moved)
+        return type(self)(**moved)
 
 
 def collate(

@@ -7,7 +7,7 @@ from twofold.train.loop import fit
 from twofold.train.loss import token_loss
 from twofold.train.progress import progress_for
 from twofold.train.run import train
-from twofold.train.step import LossModule, NonFiniteError, StepResult, train_step
+from twofold.train.step import LossModule, NonFiniteError, Objective, StepResult, train_step
 from twofold.train.world import OtherRankError, World, start_world
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "Evaluation",
     "LossModule",
     "NonFiniteError",
+    "Objective",
     "OtherRankError",
     "RunStart",
     "StepResult",

@@ -1,13 +1,13 @@
 """Held-out loss."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from twofold.data import Batch
 from twofold.train.parallel import release
-from twofold.train.step import LossModule, batch_loss
+from twofold.train.step import Objective, batch_loss
 from twofold.train.world import ONE_PROCESS, World
 
 
@@ -16,12 +16,14 @@ class Evaluation:
     """The loss over a set of batches."""
 
     loss: float
-    """Nats per scored token, every token with the same weight."""
+    """Nats per scored token, every token with the same weight; of other objectives than likelihood what they say."""
     scored_tokens: int
+    metrics: dict[str, float] = field(default_factory=dict)
+    """See `Objective.metric_names`."""
 
 
 @torch.no_grad()
-def evaluate(module: LossModule, batches: Iterable[Batch], world: World = ONE_PROCESS) -> Evaluation:
+def evaluate(module: Objective, batches: Iterable[Batch], world: World = ONE_PROCESS) -> Evaluation:
     """The mean loss per scored token, without dropout or teacher; the module's mode is left as it was.
 
     Args:
@@ -35,18 +37,25 @@ def evaluate(module: LossModule, batches: Iterable[Batch], world: World = ONE_PR
     was_training = module.training
     module.eval()
     losses: list[torch.Tensor] = []
-    n_scored = 0
+    count = n_scored = 0
     batch = None
+    module.take_metrics()
     try:
         for number, batch in enumerate(batches):
+            count += module.count(batch)
             n_scored += batch.num_scored_tokens
             is_own = number % world.size == world.rank
             losses.append(batch_loss(module, batch, device) if is_own else torch.zeros((), device=device))
+        metrics = module.take_metrics()
         if batch is not None and 0 < len(losses) % world.size <= world.rank:
             batch_loss(module, batch, device)  # the others gather parameters for a batch that this rank lacks
+            module.take_metrics()
     finally:
         module.train(was_training)
         release(module)
-    if n_scored == 0:
+    if count == 0:
         raise ValueError("the held-out batches have no scored token; check data.held_out")
-    return Evaluation(sum(world.sum_(torch.stack(losses).double()).tolist()) / n_scored, n_scored)
+    found = world.sum_(torch.cat([torch.stack(losses).double(), metrics])).tolist()
+    means = [total / count for total in found[len(losses) :]]
+    named = dict(zip(module.metric_names, means, strict=True))
+    return Evaluation(sum(found[: len(losses)]) / count, n_scored, named)

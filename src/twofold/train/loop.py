@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -28,13 +28,12 @@ from twofold.train.checkpointing import (
     save_model,
 )
 from twofold.train.evaluate import Evaluation, evaluate
-from twofold.train.loss import Matching
 from twofold.train.opening import Masks, Opening
 from twofold.train.optimizer import cross_attention_names, new_optimizer, set_phase, trainable_parameters
 from twofold.train.parallel import shard
 from twofold.train.schedule import learning_rate_factor
 from twofold.train.signals import StopRequest, stop_on_signals
-from twofold.train.step import LossModule, TeacherOf, train_step
+from twofold.train.step import LossModule, Objective, Precision, train_step
 from twofold.train.trackers import LossPlot, MetricsFile, TensorBoardScalars
 from twofold.train.world import OtherRankError, World, is_lost_rank, start_world
 
@@ -95,9 +94,7 @@ def fit(
     *,
     resume: bool = False,
     world: World | None = None,
-    teacher: TeacherOf | None = None,
-    teacher_share: float = 1.0,
-    matching: Matching | None = None,
+    objective: Callable[[EncoderDecoder, Precision], Objective] = LossModule,
 ) -> TrainResult:
     """Train a model that is in memory.
 
@@ -117,9 +114,8 @@ def fit(
         resume: go on from the newest checkpoint in `output`, as the run that never stopped: bit for bit on
             the CPU with the same number of ranks. Where `output` does not exist, the run begins.
         world: the processes of the run, where the caller has started it. None: `start_world`.
-        teacher: see `LossModule`.
-        teacher_share: see `chunked_loss`.
-        matching: see `LossModule`.
+        objective: makes what a step minimises, of the model and the settings' precision. Default: the likelihood of
+            the labels; `functools.partial(LossModule, teacher=...)`: what a teacher says.
 
     Raises:
         FileExistsError: there is something in `output` already.
@@ -138,9 +134,7 @@ def fit(
     ):
         checkpoint = world.from_main(lambda: find_start(output, resume=resume))
         state = new_state(settings, checkpoint)
-        module = LossModule(
-            model, settings.precision, teacher=teacher, teacher_share=teacher_share, matching=matching
-        )
+        module = objective(model, settings.precision)
         trainer = Trainer(module, train_loader, held_out_loader, settings, output, state, callbacks, world)
         cleanup.callback(model.eval)
         cleanup.callback(restore_blocks, model)
@@ -208,7 +202,7 @@ class Trainer:
 
     def __init__(
         self,
-        module: LossModule,
+        module: Objective,
         train_loader: TrainLoader,
         held_out_loader: HeldOutLoader | None,
         settings: TrainSettings,

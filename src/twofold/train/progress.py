@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from rich.console import Console
 from rich.markup import escape
@@ -44,14 +44,18 @@ class Smoothed:
         self._recent.append(result)
 
     def describe(self, step: int) -> str:
-        """Loss, speed and time left after `step` steps, in words."""
+        """Loss, speed and time left after `step` steps, in words; what else the objective says is the last step's."""
         seconds = sum(r.seconds for r in self._recent)
         loss = sum(r.loss * r.scored_tokens for r in self._recent) / sum(
             r.scored_tokens for r in self._recent
         )
         tokens_per_s = sum(r.real_tokens for r in self._recent) / seconds
         left = duration((self._steps - step) * seconds / len(self._recent))
-        return f"loss {loss:.4f}, {tokens_per_s:,.0f} tokens/s, {left} left"
+        return f"loss {loss:.4f}{_named(self._recent[-1].metrics)}, {tokens_per_s:,.0f} tokens/s, {left} left"
+
+
+def _named(metrics: Mapping[str, float]) -> str:
+    return "".join(f", {name.replace('_', ' ')} {value:.3g}" for name, value in metrics.items())
 
 
 def duration(seconds: float) -> str:
@@ -98,7 +102,8 @@ class _Watcher(Callback):
 
     def on_evaluation(self, step: int, evaluation: Evaluation) -> None:
         self._say(
-            f"step {step}: held-out loss {evaluation.loss:.4f} over {evaluation.scored_tokens:,} tokens"
+            f"step {step}: held-out loss {evaluation.loss:.4f}{_named(evaluation.metrics)} over "
+            f"{evaluation.scored_tokens:,} tokens"
         )
 
     def on_average_evaluation(self, step: int, evaluation: Evaluation) -> None:

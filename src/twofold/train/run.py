@@ -32,6 +32,7 @@ from twofold.models import EncoderDecoder
 from twofold.objectives import find_sentinels
 from twofold.train.callbacks import Callback, RunStart, TrainResult
 from twofold.train.loop import find_start, fit, new_state
+from twofold.train.step import LossModule
 from twofold.train.teacher import Distillation, open_distillation
 from twofold.train.world import World, start_world
 
@@ -70,9 +71,7 @@ def train(recipe: Recipe, *, resume: bool = False, callbacks: Sequence[Callback]
                 watchers,
                 resume=resume,
                 world=world,
-                teacher=None if distillation is None else distillation.teacher,
-                teacher_share=1.0 if distillation is None else distillation.share,
-                matching=None if distillation is None else distillation.matching,
+                objective=LossModule if distillation is None else distillation.objective,
             )
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import isfinite
 from typing import Literal
 
@@ -33,7 +34,8 @@ class StepResult:
     """What a step did."""
 
     loss: float
-    """Nats per scored token, before the update; with what matching hidden states adds to it."""
+    """Nats per scored token, before the update, with what matching hidden states adds to it; of other objectives than
+    likelihood what they say."""
     scored_tokens: int
     real_tokens: int
     """Tokens on both sides that are not padding."""
@@ -41,14 +43,58 @@ class StepResult:
     """Global L2 norm before clipping."""
     learning_rate: float
     seconds: float
+    metrics: dict[str, float] = field(default_factory=dict)
+    """What the objective says besides, see `Objective.metric_names`."""
 
 
 TeacherOf = Callable[[Batch, torch.Tensor], Teacher]
 """What a teacher says at given positions of a batch on the device (int64 [N], of the flattened labels)."""
 
 
-class LossModule(nn.Module):
-    """A batch in, its summed loss out: what is sharded over devices, and what a step differentiates.
+class Objective(nn.Module):
+    """A batch in, its summed loss out: what is sharded over devices, and what a step differentiates."""
+
+    metric_names: tuple[str, ...] = ()
+    """What `note` is told of every batch."""
+
+    def __init__(self, model: EncoderDecoder, precision: Precision = "float32") -> None:
+        """`precision`: see `TrainSettings`."""
+        super().__init__()
+        self.model = model
+        self.precision = precision
+        self._noted: list[torch.Tensor] = []
+        self.train(model.training)
+
+    @abstractmethod
+    def forward(self, batch: Batch, scored: torch.Tensor) -> torch.Tensor:
+        """The summed loss, float32 [].
+
+        Args:
+            batch: on the device of the model.
+            scored: int64 [N], there too: the places of the scored labels in the flattened labels
+                (`scored_positions`, taken before the batch is moved, so that nothing waits for the device).
+        """
+
+    def count(self, batch: Batch) -> int:
+        """What summed losses and metrics are divided by: the scored tokens (of a batch on the CPU)."""
+        return batch.num_scored_tokens
+
+    def note(self, *sums: torch.Tensor) -> None:
+        """Keep what a batch adds to each of `metric_names`, summed over what `count` counts."""
+        self._noted.append(torch.stack([total.detach().double() for total in sums]))
+
+    def take_metrics(self) -> torch.Tensor:
+        """float64 [metrics]: the sums since the last call, on the model's device."""
+        device = next(self.model.parameters()).device
+        total = torch.zeros(len(self.metric_names), dtype=torch.float64, device=device)
+        for sums in self._noted:
+            total += sums
+        self._noted.clear()
+        return total
+
+
+class LossModule(Objective):
+    """The likelihood of the labels, or what a teacher says in their place, in nats.
 
     The head is part of it, so that the logits of all positions never exist (`chunked_loss`).
     """
@@ -64,27 +110,17 @@ class LossModule(nn.Module):
     ) -> None:
         """
         Args:
-            precision: see `TrainSettings`.
             teacher: asked in train mode only, so that held-out losses stay comparable.
             teacher_share: see `chunked_loss`.
             matching: whose hidden states are to be the teacher's too; its answer, a `TeacherHead`, must have them.
         """
-        super().__init__()
-        self.model = model
-        self.precision = precision
+        super().__init__(model, precision)
         self.teacher = teacher
         self.teacher_share = teacher_share
         self.matching = matching
-        self.train(model.training)
 
     def forward(self, batch: Batch, scored: torch.Tensor) -> torch.Tensor:
-        """The loss in nats, float32 [].
-
-        Args:
-            batch: on the device of the model.
-            scored: int64 [N], there too: the places of the scored labels in the flattened labels
-                (`scored_positions`, taken before the batch is moved, so that nothing waits for the device).
-        """
+        """See `Objective.forward`."""
         device = batch.labels.device.type
         asked = self.teacher if self.training else None
         matching = self.matching if asked is not None else None
@@ -119,14 +155,14 @@ def scored_positions(batch: Batch) -> torch.Tensor:
 
 
 def batch_loss(module: nn.Module, batch: Batch, device: torch.device) -> torch.Tensor:
-    """The summed loss of a batch on the CPU, computed on a device, in nats, float32 []."""
+    """The summed loss of a batch on the CPU, computed on a device, float32 []."""
     scored = scored_positions(batch).to(device, non_blocking=True)
     loss: torch.Tensor = module(batch.to(device), scored)
     return loss
 
 
 def train_step(
-    module: LossModule,
+    module: Objective,
     optimizer: Optimizer,
     batches: Sequence[Batch],
     *,
@@ -140,8 +176,8 @@ def train_step(
 ) -> StepResult:
     """Update the model once on the batches of all ranks, as if they were one.
 
-    The loss is the sum over the scored tokens of all batches, divided by their number, so that padding and
-    the way tokens are dealt out to batches, and batches to ranks, change nothing.
+    The loss is the sum over the scored tokens of all batches (or what else `Objective.count` counts), divided by
+    their number, so that padding and the way tokens are dealt out to batches, and batches to ranks, change nothing.
 
     Args:
         module: in train mode; of several ranks sharded. Parameters without `requires_grad` stay as they are.
@@ -157,13 +193,17 @@ def train_step(
 
     Raises:
         NonFiniteError: loss or gradient norm is not finite; nothing was updated on any rank.
-        ValueError: no token is scored.
+        ValueError: nothing is scored.
     """
     started = time.perf_counter()
-    counts = [sum(b.num_scored_tokens for b in batches), sum(b.num_real_tokens for b in batches)]
-    n_scored, n_real = world.sum_(torch.tensor(counts)).tolist()
+    counts = [
+        sum(module.count(b) for b in batches),
+        sum(b.num_scored_tokens for b in batches),
+        sum(b.num_real_tokens for b in batches),
+    ]
+    count, n_scored, n_real = world.sum_(torch.tensor(counts)).tolist()
     num_streams = len(batches) * world.size
-    if n_scored == 0:
+    if count == 0 or n_scored == 0:
         raise ValueError(
             f"step {step} has no scored token in {num_streams} batches; check the labels of the data"
         )
@@ -177,15 +217,16 @@ def train_step(
         if opening is not None:
             opening.of_batch(step, stream).apply(module.model)
         summed = batch_loss(module, batch, device)
-        (summed / n_scored).backward()  # type: ignore[no-untyped-call]
+        (summed / count).backward()  # type: ignore[no-untyped-call]
         losses[stream] = summed.detach()
 
     gradients = [local_part(p.grad) for p in module.parameters() if p.grad is not None]
     # Summed over all ranks and then divided by the replicas, which all have the same gradients.
     squared_norm = get_total_norm(gradients).double().square() / world.replicas
     # The step's one wait for the device.
-    *loss_of_stream, squared = world.sum_(torch.cat([losses, squared_norm[None]])).tolist()
-    loss, grad_norm = sum(loss_of_stream) / n_scored, squared**0.5
+    found = world.sum_(torch.cat([losses, module.take_metrics(), squared_norm[None]])).tolist()
+    loss_of_stream, metric_sums, squared = found[:num_streams], found[num_streams:-1], found[-1]
+    loss, grad_norm = sum(loss_of_stream) / count, squared**0.5
     if not (isfinite(loss) and isfinite(grad_norm)):
         optimizer.zero_grad(set_to_none=True)
         raise NonFiniteError(
@@ -200,7 +241,9 @@ def train_step(
         group["lr"] = learning_rate
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return StepResult(loss, n_scored, n_real, grad_norm, learning_rate, time.perf_counter() - started)
+    metrics = {name: total / count for name, total in zip(module.metric_names, metric_sums, strict=True)}
+    seconds = time.perf_counter() - started
+    return StepResult(loss, n_scored, n_real, grad_norm, learning_rate, seconds, metrics)
 
 
 def batch_seed(seed: int, step: int, stream: int) -> int:

@@ -44,7 +44,7 @@ from twofold.models.encoder_decoder import LMHead, locate_tokens
 from twofold.models.families import DONORS
 from twofold.models.stack import Encoder, EncoderOutput
 from twofold.train.loss import Matching, SparseTeacher, TeacherHead
-from twofold.train.step import Precision, TeacherOf
+from twofold.train.step import LossModule, Precision, TeacherOf
 
 
 class DecoderTeacher:
@@ -171,6 +171,12 @@ class Distillation:
     vocab_size: int | None = None
     """Embeddings of a teacher that reads the student's inputs; None for others."""
     matching: Matching | None = None
+
+    def objective(self, model: EncoderDecoder, precision: Precision) -> LossModule:
+        """What a step minimises."""
+        return LossModule(
+            model, precision, teacher=self.teacher, teacher_share=self.share, matching=self.matching
+        )
 
     def check(self, student: EncoderDecoder) -> None:
         """Refuse a student whose inputs the teacher cannot read; after its sentinels were added.

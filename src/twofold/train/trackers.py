@@ -17,7 +17,8 @@ class MetricsFile(Callback):
     """One JSON object per line in metrics.jsonl, on the disk as it comes.
 
     Lines of steps: step, loss, scored_tokens, real_tokens, grad_norm, learning_rate, seconds. Lines of
-    evaluations: step, held_out_loss (or held_out_loss_average, of the average weights), held_out_tokens.
+    evaluations: step, held_out_loss (or held_out_loss_average, of the average weights), held_out_tokens. Both with the
+    objective's own metrics, where it has any.
     """
 
     def __init__(self, path: Path, every: int) -> None:
@@ -35,21 +36,14 @@ class MetricsFile(Callback):
 
     def on_step(self, step: int, result: StepResult) -> None:
         if step % self._every == 0:
-            self._write({"step": step, **asdict(result)})
+            line = asdict(result)
+            self._write({"step": step, **line.pop("metrics"), **line})
 
     def on_evaluation(self, step: int, evaluation: Evaluation) -> None:
-        self._write(
-            {"step": step, "held_out_loss": evaluation.loss, "held_out_tokens": evaluation.scored_tokens}
-        )
+        self._write(_held_out(step, evaluation))
 
     def on_average_evaluation(self, step: int, evaluation: Evaluation) -> None:
-        self._write(
-            {
-                "step": step,
-                "held_out_loss_average": evaluation.loss,
-                "held_out_tokens": evaluation.scored_tokens,
-            }
-        )
+        self._write(_held_out(step, evaluation, "_average"))
 
     def close(self) -> None:
         if self._file is not None:
@@ -58,6 +52,12 @@ class MetricsFile(Callback):
     def _write(self, line: dict[str, Any]) -> None:
         assert self._file is not None
         self._file.write(json.dumps(line) + "\n")
+
+
+def _held_out(step: int, evaluation: Evaluation, suffix: str = "") -> dict[str, Any]:
+    metrics = {"loss": evaluation.loss, **evaluation.metrics}
+    named = {f"held_out_{name}{suffix}": value for name, value in metrics.items()}
+    return {"step": step, **named, "held_out_tokens": evaluation.scored_tokens}
 
 
 def _is_before(line: str, first_step: int) -> bool:
@@ -94,11 +94,15 @@ class TensorBoardScalars(Callback):
         if self._writer is not None and step % self._every == 0:
             for name in ("loss", "grad_norm", "learning_rate"):
                 self._writer.add_scalar(f"train/{name}", getattr(result, name), step)
+            for name, value in result.metrics.items():
+                self._writer.add_scalar(f"train/{name}", value, step)
             self._writer.add_scalar("train/tokens_per_s", result.real_tokens / result.seconds, step)
 
     def on_evaluation(self, step: int, evaluation: Evaluation) -> None:
         if self._writer is not None:
             self._writer.add_scalar("held_out/loss", evaluation.loss, step)
+            for name, value in evaluation.metrics.items():
+                self._writer.add_scalar(f"held_out/{name}", value, step)
 
     def on_average_evaluation(self, step: int, evaluation: Evaluation) -> None:
         if self._writer is not None:
