@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from twofold.train import token_loss
-from twofold.train.loss import SparseTeacher, TeacherHead, chunked_loss
+from twofold.train.loss import SparseTeacher, TeacherHead, chunked_logprobs, chunked_loss
 
 N, D, V, E, K = 7, 6, 11, 5, 4
 
@@ -176,3 +176,23 @@ def test_wrong_shapes_and_shares_are_refused():
         chunked_loss(states, labels, weight[:, :-1])
     with pytest.raises(ValueError, match="teacher_share"):
         chunked_loss(states, labels, weight, teacher_share=1.5)
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("rows", [1, 3, N])
+def test_log_probabilities_of_labels_and_their_gradients(rows, softcap):
+    states, weight, labels = inputs()
+    logits = states @ weight.T
+    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    expected = logits.log_softmax(dim=1).gather(1, labels[:, None])[:, 0]
+    found = chunked_logprobs(states, labels, weight, softcap=softcap, chunk_bytes=rows * 4 * V)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    # Every label weighs something else, and not linearly.
+    wanted = torch.autograd.grad((expected.exp() * torch.arange(1.0, N + 1)).sum(), (states, weight))
+    grads = torch.autograd.grad((found.exp() * torch.arange(1.0, N + 1)).sum(), (states, weight))
+    for grad, right in zip(grads, wanted, strict=True):
+        torch.testing.assert_close(grad, right, rtol=1e-5, atol=1e-5)
+    frozen = chunked_logprobs(states.detach(), labels, weight)
+    frozen.sum().backward()
+    assert weight.grad is not None
+    assert states.grad is None

@@ -127,15 +127,10 @@ def chunked_loss(
     Raises:
         ValueError: shapes that do not fit, or a share outside [0, 1].
     """
-    if labels_N.shape != states_ND.shape[:1] or states_ND.shape[1:] != weight_VD.shape[1:]:
-        raise ValueError(
-            f"states [N, D], labels [N] and weight [V, D] do not fit: got {list(states_ND.shape)}, "
-            f"{list(labels_N.shape)} and {list(weight_VD.shape)}"
-        )
+    _check_shapes(states_ND, labels_N, weight_VD)
     if not 0.0 <= teacher_share <= 1.0:
         raise ValueError(f"teacher_share must lie between 0 and 1, got {teacher_share}")
-    device = states_ND.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else states_ND.dtype
+    dtype, device = _product_dtype(states_ND), states_ND.device.type
     n_rows = max(chunk_bytes // (4 * weight_VD.shape[0]), 1)
     with torch.autocast(device, enabled=False):
         loss: Tensor = _ChunkedLoss.apply(
@@ -187,6 +182,104 @@ class _ChunkedLoss(torch.autograd.Function):
         return (*grads, None, None, None, None, None, None)
 
 
+def chunked_logprobs(
+    states_ND: Tensor,
+    labels_N: Tensor,
+    weight_VD: Tensor,
+    *,
+    softcap: float | None = None,
+    chunk_bytes: int = CHUNK_BYTES,
+) -> Tensor:
+    """Log-probability of each label, with gradients, for objectives that weigh tokens or answers of their own.
+
+    Logits of a chunk are computed once in the forward and once more in the backward pass, which is when it is known
+    what each label counts. Arguments, dtypes and errors as for `chunked_loss`.
+
+    Returns:
+        float32 [N].
+    """
+    _check_shapes(states_ND, labels_N, weight_VD)
+    dtype, device = _product_dtype(states_ND), states_ND.device.type
+    n_rows = max(chunk_bytes // (4 * weight_VD.shape[0]), 1)
+    with torch.autocast(device, enabled=False):
+        logprobs: Tensor = _ChunkedLogprobs.apply(states_ND, weight_VD, labels_N, softcap, n_rows, dtype)  # type: ignore[no-untyped-call]
+    return logprobs
+
+
+class _ChunkedLogprobs(torch.autograd.Function):
+    """See `chunked_logprobs`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        states_ND: Tensor,
+        weight_VD: Tensor,
+        labels_N: Tensor,
+        softcap: float | None,
+        n_rows: int,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        ctx.save_for_backward(states_ND, weight_VD, labels_N)
+        ctx.softcap, ctx.n_rows, ctx.dtype = softcap, n_rows, dtype
+        weight = weight_VD.to(dtype)
+        found = torch.empty(len(labels_N), dtype=torch.float32, device=states_ND.device)
+        for start in range(0, len(labels_N), n_rows):
+            rows = slice(start, start + n_rows)
+            logits = _capped(states_ND[rows].to(dtype), weight, softcap)
+            of_label = logits.gather(1, labels_N[rows, None])[:, 0]
+            found[rows] = of_label - logits.logsumexp(dim=1)
+        return found
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable  # type: ignore[misc]
+    def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        states_ND, weight_VD, labels_N = ctx.saved_tensors
+        wants_states, wants_weight = ctx.needs_input_grad[:2]
+        weight = weight_VD.to(ctx.dtype)
+        states_grad = torch.empty_like(states_ND) if wants_states else None
+        weight_grad = torch.zeros_like(weight_VD, dtype=torch.float32) if wants_weight else None
+        for start in range(0, len(labels_N), ctx.n_rows):
+            rows = slice(start, start + ctx.n_rows)
+            states = states_ND[rows].to(ctx.dtype)
+            logits = _capped(states, weight, ctx.softcap)
+            # d log-probability / d capped logit = one-hot(label) - softmax
+            slope = logits.softmax(dim=1).neg_()
+            slope.scatter_add_(1, labels_N[rows, None], torch.ones_like(slope[:, :1]))
+            slope.mul_(grad_N[rows, None])
+            if ctx.softcap is not None:
+                slope.mul_(logits.div_(ctx.softcap).square_().neg_().add_(1.0))
+            slope = slope.to(ctx.dtype)
+            if states_grad is not None:
+                states_grad[rows] = slope @ weight
+            if weight_grad is not None:
+                _add_product(weight_grad, slope.t(), states)
+        if weight_grad is not None:
+            weight_grad = weight_grad.to(weight_VD.dtype)
+        return states_grad, weight_grad, None, None, None, None
+
+
+def _check_shapes(states_ND: Tensor, labels_N: Tensor, weight_VD: Tensor) -> None:
+    if labels_N.shape != states_ND.shape[:1] or states_ND.shape[1:] != weight_VD.shape[1:]:
+        raise ValueError(
+            f"states [N, D], labels [N] and weight [V, D] do not fit: got {list(states_ND.shape)}, "
+            f"{list(labels_N.shape)} and {list(weight_VD.shape)}"
+        )
+
+
+def _product_dtype(states_ND: Tensor) -> torch.dtype:
+    """Of matrix products: autocast's where it is on."""
+    device = states_ND.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else states_ND.dtype
+
+
+def _capped(states: Tensor, weight: Tensor, softcap: float | None) -> Tensor:
+    """float32 logits of a chunk, after the soft-cap."""
+    logits = (states @ weight.t()).float()
+    if softcap is not None:
+        logits.div_(softcap).tanh_().mul_(softcap)
+    return logits
+
+
 def _loss_and_slope(
     states: Tensor,
     weight: Tensor,
@@ -196,9 +289,7 @@ def _loss_and_slope(
     teacher_share: float,
 ) -> tuple[Tensor, Tensor]:
     """The summed loss of a chunk, and its derivative with respect to the logits before the soft-cap."""
-    logits = (states @ weight.t()).float()
-    if softcap is not None:
-        logits.div_(softcap).tanh_().mul_(softcap)
+    logits = _capped(states, weight, softcap)
     label_share: Tensor | float = 1.0
     expected = torch.zeros((), device=logits.device)  # sum over positions and tokens of q * logit
     if isinstance(teacher, SparseTeacher):
@@ -230,10 +321,8 @@ def _loss_and_slope(
 
 def _distribution(teacher: TeacherHead) -> Tensor:
     """float32 [N, V]."""
-    logits = (teacher.states_NE @ teacher.weight_VE.to(teacher.states_NE.dtype).t()).float()
-    if teacher.softcap is not None:
-        logits.div_(teacher.softcap).tanh_().mul_(teacher.softcap)
-    return logits.softmax(dim=1)
+    weight = teacher.weight_VE.to(teacher.states_NE.dtype)
+    return _capped(teacher.states_NE, weight, teacher.softcap).softmax(dim=1)
 
 
 def _rows_of(teacher: Teacher | None, rows: slice) -> Teacher | None:

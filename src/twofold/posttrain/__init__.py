@@ -1,0 +1,1 @@
+"""What each stage after pre-training adds to the training loop."""
