@@ -135,8 +135,10 @@ def test_equals_eager_on_random_masks(data: st.DataObject) -> None:
     share = data.draw(st.sampled_from([1.0, 0.5, 0.01]))
     rules = [dataclasses.replace(data.draw(RULES), future_share=share) for _ in range(2)]
     mask = AttentionMask(own, (source, rules[0]), (own, rules[1]))
+    # A limited share divides by what is left of the weights, and so by little now and then.
+    tolerance = 2e-6 if share == 1.0 else 1e-5
     with small_blocks():
-        both(mask, data.draw(st.sampled_from([None, 2.0])))
+        both(mask, data.draw(st.sampled_from([None, 2.0])), tolerance=tolerance)
 
 
 def test_soft_capped_gradient_is_the_derivative() -> None:
