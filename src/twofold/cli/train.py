@@ -12,8 +12,9 @@ import typer
 
 from twofold.cli.console import err, is_main, note, print_json
 from twofold.cli.distill_targets import distill_targets
-from twofold.config.recipe import Recipe, load_recipe, read_content
-from twofold.train import TrainResult, progress_for, train
+from twofold.config.recipe import Run
+from twofold.posttrain.stages import read_run, stage_of, train_stage
+from twofold.train import TrainResult, progress_for
 
 
 def train_command(
@@ -32,16 +33,13 @@ def train_command(
 
     On several devices: torchrun --nproc-per-node 8 -m twofold.cli train RECIPE.
     """
-    if read_content(recipe, overrides or ()).get("stage") == "distill-targets":
+    if stage_of(recipe, overrides or ()) == "distill-targets":
         distill_targets(recipe, overrides or (), json=json)
         return
-    run = load_recipe(recipe, overrides or ())
-    note(
-        f"{run.stage} of {_model_name(run)} with {recipe}: {run.steps:,} steps of {run.positions_per_step:,} "
-        "positions"
-    )
+    run = read_run(recipe, overrides or ())
+    note(f"{run.stage} of {_model_name(run)} with {recipe}: {run.steps:,} steps of {run.describe_step()}")
     note(f"loading model and data; results go to {run.output}")
-    result = train(run, resume=resume, callbacks=[progress_for(err)] if is_main() else [])
+    result = train_stage(run, resume=resume, callbacks=[progress_for(err)] if is_main() else [])
     if result.is_finished:
         note(f"wrote {result.model_path} (the model) and {result.output / 'metrics.jsonl'}")
     else:
@@ -51,7 +49,7 @@ def train_command(
         print_json(_summary(result))
 
 
-def _model_name(recipe: Recipe) -> str:
+def _model_name(recipe: Run) -> str:
     adapt = recipe.model.adapt
     if adapt is None:
         return str(recipe.model.path)

@@ -215,20 +215,38 @@ class TrainSettings(Config):
         return self
 
 
-class Recipe(TrainSettings):
-    """A run that `twofold train` can do."""
+class Run(TrainSettings):
+    """What every stage of `twofold train` has that updates a model; each adds its data and settings."""
+
+    stage: str
+
+    model: ModelConfig
+
+    output: str
+    """Folder of the run; must not exist yet, unless the run is resumed."""
+
+    @field_validator("output")
+    @classmethod
+    def _output_is_named(cls, output: str) -> str:
+        if not output:
+            raise ValueError("output must name a folder, got an empty string")
+        return output
+
+    def describe_step(self) -> str:
+        """What one step takes, in a few words."""
+        raise NotImplementedError
+
+
+class Recipe(Run):
+    """Pre-training, or tuning on given answers."""
 
     stage: Literal["pretrain", "sft"]
     """`pretrain`: running text, split or masked by the objective. `sft`: pairs or conversations."""
 
-    model: ModelConfig
     data: DataConfig
 
     distillation: DistillationConfig | None = None
     """Who teaches. null: the data alone."""
-
-    output: str
-    """Folder of the run; must not exist yet, unless the run is resumed."""
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Self:
@@ -236,8 +254,6 @@ class Recipe(TrainSettings):
         if (self.stage == "sft") != (objective == "supervised"):
             allowed = "'supervised'" if self.stage == "sft" else "'prefix_lm', 'span_corruption' or 'ul2'"
             raise ValueError(f"stage {self.stage!r} needs data.objective.name {allowed}, got {objective!r}")
-        if not self.output:
-            raise ValueError("output must name a folder, got an empty string")
         has_held_out = bool(self.data.held_out or self.data.held_out_fraction)
         if self.evaluate_every is not None and not has_held_out:
             warnings.warn(
@@ -252,6 +268,10 @@ class Recipe(TrainSettings):
         """Token positions of one step at most, both sides, padding included."""
         rows = self.data.rows_per_batch * self.accumulate_batches
         return rows * (self.data.source_length + self.data.target_length)
+
+    def describe_step(self) -> str:
+        """See `Run`."""
+        return f"{self.positions_per_step:,} positions"
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:

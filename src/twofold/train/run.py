@@ -15,7 +15,7 @@ from twofold.adapt.vocabulary import add_sentinels
 from twofold.checkpoint.load import load
 from twofold.config import EncoderDecoderConfig
 from twofold.config.data import DataConfig
-from twofold.config.recipe import ModelConfig, Recipe
+from twofold.config.recipe import ModelConfig, Recipe, Run
 from twofold.data import (
     BuildProgress,
     Convention,
@@ -75,7 +75,7 @@ def train(recipe: Recipe, *, resume: bool = False, callbacks: Sequence[Callback]
             )
 
 
-def find_checked_start(recipe: Recipe, output: Path, *, resume: bool) -> Path | None:
+def find_checked_start(recipe: Run, output: Path, *, resume: bool) -> Path | None:
     """The checkpoint to go on from, which fits the recipe; None: the run begins. Raises: see `fit`."""
     checkpoint = find_start(output, resume=resume)
     new_state(recipe, checkpoint)
@@ -253,7 +253,7 @@ def _check_first_batch(loader: Loader, vocab_size: int) -> None:
 class RunFiles(Callback):
     """What a run is, beside its results: recipe.resolved.yaml, data.txt, adaptation.json."""
 
-    def __init__(self, recipe: Recipe, model: EncoderDecoder, data_report: Sequence[str]) -> None:
+    def __init__(self, recipe: Run, model: EncoderDecoder, data_report: Sequence[str]) -> None:
         self._recipe = recipe
         self._model = model
         self._data_report = data_report
