@@ -174,5 +174,7 @@ def _check(doc: Doc, name: str, wanted: type | tuple[Any, ...], where: str) -> N
         is_right, what = value in wanted, f"one of {', '.join(map(repr, wanted))}"
     else:
         is_right, what = isinstance(value, wanted), f"of type {wanted.__name__}"
+    if wanted is list:
+        is_right, what = is_right and value != [], "a list that is not empty"
     if not is_right:
         raise ValueError(f"{where}: {name!r} must be {what}, got {str(value)[:80]!r}")
