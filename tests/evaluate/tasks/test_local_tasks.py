@@ -207,6 +207,31 @@ def test_shots_of_mmlu_are_the_subject_s_first_five(tmp_path):
         assert context.count("Answer:") == 6
 
 
+@pytest.mark.parametrize(
+    ("name", "shot"),
+    [
+        ("arc_easy", "Question: What is hot?\nAnswer: fire"),
+        ("openbookqa", "Fire is hot"),
+        ("boolq", "It shines -- by day.\nQuestion: is it dark?\nAnswer: no"),
+        ("piqa", "Question: Sit\nAnswer: on a chair"),
+        (
+            "wic",
+            "Sentence 1: Dogs bark .\nSentence 2: Dogs run .\nQuestion: Is the word 'Dogs' used in the same way in the "
+            "two sentences above?\nAnswer: yes",
+        ),
+        ("scitldr", "We try.\n\nSummarize the text in one sentence.\nSummary: Trying works."),
+        ("dialogsum", "#Person1#: No.\n\nSummarize the dialogue.\nSummary: A refusal."),
+        ("squad", "Background: It is blue.\nQuestion: Which colour?\nAnswer: blue"),
+        ("sst2", "so dull\nQuestion: Is this sentence positive or negative?\nAnswer: negative"),
+    ],
+)
+def test_one_shot(name, shot, tmp_path):
+    """In front of the first question; from the other questions where there is no split for it."""
+    (task,) = tasks.resolve([name], write(tmp_path, CASES[name]))
+    doc = task.eval_docs[0]
+    assert task.fewshot_context(doc, 1) == f"{shot}\n\n{task.doc_to_text(doc)}"
+
+
 def test_shots_come_from_their_own_split(tmp_path):
     """Five of GSM8K, other ones for another seed, the same again for the same."""
     (task,) = tasks.resolve(["gsm8k"], write(tmp_path, CASES["gsm8k"]))

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from tests.evaluate.tasks.cases import CASES, write
+from tests.evaluate.tasks.cases import CASES, Case, write
 from twofold.evaluate import tasks
 from twofold.evaluate.tasks import registry
 
@@ -57,6 +57,21 @@ def test_local_is_everything_that_the_folder_serves(data):
     assert [task.task_name for task in tasks.resolve(["local"], data)] == ["piqa", "gsm8k", "squad", "sst2"]
     with pytest.raises(ValueError, match="'local' names the tasks of a data folder, and there is none"):
         tasks.resolve(["local"])
+
+
+def test_a_local_group_is_there_once_and_whole(data):
+    members = tasks.LOCAL["bbh_zeroshot"].members
+    files = {
+        file: '{"examples": [{"input": "x", "target": "y"}]}'
+        for member in members
+        for file in tasks.LOCAL[member].files
+    }
+    write(data, Case(files))
+    found = tasks.resolve(["local"], data)
+    assert [getattr(item, "task_name", None) for item in found] == ["piqa", "gsm8k", "squad", "sst2", None]
+    assert [task.task_name for task in found[-1].get_all_tasks()] == list(members)
+    (data / next(iter(files))).unlink()
+    assert len(tasks.resolve(["local"], data)) == 4
 
 
 def test_a_suite_brings_its_shots(data, monkeypatch):

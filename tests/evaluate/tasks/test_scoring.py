@@ -45,7 +45,7 @@ def test_rouge_takes_each_metric_s_best_reference():
 
 def test_translation_is_scored_over_the_corpus():
     pairs = [
-        ("a dog runs in the park today", "a dog runs in a park today"),
+        ("a dog runs in the park today and sleeps", "a dog runs in a park today"),
         ("two men sit in a boat", "two men sit in a boat"),
     ]
     references, answers = [[a for a, _ in pairs]], [b for _, b in pairs]
@@ -54,7 +54,6 @@ def test_translation_is_scored_over_the_corpus():
     means = [scoring.bleu([pair]) for pair in pairs]
     assert scoring.bleu(pairs) != pytest.approx(sum(means) / 2)
     assert scoring.bleu([(b, b) for b in answers]) == pytest.approx(100)
-    assert scoring.bleu(pairs) != pytest.approx(scoring.bleu([(b, a + " now") for a, b in pairs]))
 
 
 @pytest.mark.parametrize(
