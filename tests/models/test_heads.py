@@ -55,6 +55,7 @@ def test_classifier_keeps_the_encoder_and_drops_the_decoder() -> None:
     assert classifier.encoder is model.encoder
     assert {name.split(".")[0] for name, _ in classifier.named_parameters()} == {"encoder", "score"}
     assert classifier.score.dropout.p == 0.5
+    assert EncoderClassifier(model, num_labels=2, dropout_rate=0.0).score.dropout.p == 0.0
     with pytest.raises(ValueError, match="num_labels must be at least 1, got 0"):
         EncoderClassifier(model, num_labels=0)
 

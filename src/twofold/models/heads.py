@@ -62,17 +62,17 @@ class EncoderClassifier(nn.Module):
     Args:
         model: its encoder is used, and trained with the head; the decoder is not kept.
         num_labels: C.
+        dropout_rate: of the head; default: the config's `classifier_dropout_rate`.
     """
 
-    def __init__(self, model: EncoderDecoder, num_labels: int) -> None:
+    def __init__(self, model: EncoderDecoder, num_labels: int, *, dropout_rate: float | None = None) -> None:
         super().__init__()
         if num_labels < 1:
             raise ValueError(f"num_labels must be at least 1, got {num_labels}")
         self.config = model.config
         self.encoder = model.encoder
-        self.score = ClassificationHead(
-            model.config.encoder.hidden_size, num_labels, model.config.classifier_dropout_rate
-        )
+        rate = model.config.classifier_dropout_rate if dropout_rate is None else dropout_rate
+        self.score = ClassificationHead(model.config.encoder.hidden_size, num_labels, rate)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Label logits float [B, C]. Arguments as `EncoderDecoder.forward`."""
