@@ -209,6 +209,16 @@ def test_dropout_is_the_heads(text_model):
     assert loss(0.5, 1) != loss(0.0, 1)
 
 
+def test_answers_are_given_without_dropout(text_model):
+    """One example 40 times gets one answer; with nine tenths of its features dropped it would get several."""
+    batch = encoded(labels=(1, 0, 1, 0))
+    tuned = tune(
+        text_model(), TASKS["rte"], batch, batch[:1] * 40, learning_rate=1e-3, batch_size=4, dropout_rate=0.9, seed=0,
+        tuning=Tuning(steps=1),
+    )  # fmt: skip
+    assert len(set(tuned.answers)) == 1
+
+
 def test_what_is_not_finite_stops_before_the_update(text_model):
     model = text_model()
     with torch.no_grad():
