@@ -11,7 +11,7 @@ import torch
 
 from tests.models.tiny import build, pair_config, stack
 from twofold.evaluate import Contender, Evaluation
-from twofold.evaluate.superglue import Grid, Tuning, protocol, run
+from twofold.evaluate.superglue import Grid, Tuning, protocol, run, tune
 from twofold.evaluate.superglue.cells import Cell, CellFile
 from twofold.evaluate.superglue.tune import Tuned
 from twofold.train.step import NonFiniteError
@@ -184,6 +184,35 @@ def test_an_interrupted_run_goes_on_and_gives_the_same(n_before, contender, data
     assert sorted(file.name for file in tmp_path.glob("out*")) == ["out.cells.json", "out.json"]
 
 
+def test_a_model_stopped_within_a_cell_is_what_it_was(contender, data, tmp_path, monkeypatch):
+    given = contender()
+    before = weights(given.model)
+    steps = []
+
+    def accumulate(classifier, batch, tuning):
+        steps.append(whole(classifier, batch, tuning))
+        if len(steps) == 2:
+            raise KeyboardInterrupt
+        return steps[-1]
+
+    whole = tune.accumulate
+    monkeypatch.setattr(tune, "accumulate", accumulate)
+    with pytest.raises(KeyboardInterrupt):
+        run(
+            given,
+            out=tmp_path / "out.json",
+            tasks=("rte",),
+            data=data,
+            grid=ONE_CELL,
+            tuning=SHORT,
+            device="cpu",
+        )
+    after = given.model.state_dict()
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+    assert not any(module.training for module in given.model.modules())
+    assert all(p.grad is None for p in given.model.parameters())
+
+
 def test_every_cell_starts_from_the_same_weights(contender, data, tmp_path):
     """What a cell gives does not depend on the cells and tasks before it."""
     settings = {"data": data, "tuning": SHORT, "device": "cpu"}
@@ -195,20 +224,20 @@ def test_every_cell_starts_from_the_same_weights(contender, data, tmp_path):
     assert {**found, "seconds": 0, "step_s": 0} == {**wanted, "seconds": 0, "step_s": 0}
 
 
-def test_a_larger_grid_takes_up_the_cells_of_a_smaller_one(contender, data, tmp_path):
-    settings = {
-        "out": tmp_path / "out.json",
-        "tasks": ("rte",),
-        "data": data,
-        "tuning": SHORT,
-        "device": "cpu",
-    }
-    first = run(contender(), grid=ONE_CELL, **settings)
+def test_more_tasks_and_a_larger_grid_take_up_the_cells_of_fewer(contender, data, tmp_path):
+    """What belongs to a task that is not run again stays, with what it was made of."""
+    settings = {"out": tmp_path / "out.json", "data": data, "tuning": SHORT, "device": "cpu"}
+    first = run(contender(), tasks=("rte",), grid=ONE_CELL, **settings)
+    run(contender(), tasks=("wic",), grid=ONE_CELL, resume=True, **settings)
     heard = []
-    second = run(contender(), grid=GRID, resume=True, say=heard.append, **settings)
-    assert len(heard) == 3
-    assert second.settings["cells"]["rte"][2] == first.settings["cells"]["rte"][0]
-    assert Evaluation.load(tmp_path / "out.json") == second
+    last = run(contender(), tasks=("copa", "rte"), grid=GRID, resume=True, say=heard.append, **settings)
+    assert len(heard) == 4 + 3
+    assert last.settings["cells"]["rte"][2] == first.settings["cells"]["rte"][0]
+    assert list(last.tasks) == ["superglue_copa", "superglue_rte"]
+    assert Evaluation.load(tmp_path / "out.json") == last
+    (data / "wic/dev.gold.txt").write_text("T\n" * 16)
+    with pytest.raises(ValueError, match="begun with other settings: wic: examples was"):
+        run(contender(), tasks=("wic",), grid=ONE_CELL, resume=True, **settings)
 
 
 def test_the_best_cell_is_scored_and_a_failed_one_recorded(contender, data, tmp_path, monkeypatch):
@@ -287,7 +316,7 @@ def test_settings_of_another_run_are_not_continued(contender, data, tmp_path):
     with pytest.raises(ValueError, match="begun with other settings: model was"):
         run(contender(**DECODER_ONLY), tuning=SHORT, resume=True, **settings)
     (data / "rte/dev.tsv").write_text("0\tx\ty\tentailment\n")
-    with pytest.raises(ValueError, match="begun with other settings: examples of rte was"):
+    with pytest.raises(ValueError, match="begun with other settings: rte: examples was"):
         run(contender(), tuning=SHORT, resume=True, **settings)
 
 
@@ -342,9 +371,9 @@ def test_text_that_is_no_grid(text, problem):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "[]", "{}", '{"settings": {}, "cells": [{}]}', '{"settings": {}, "cells": 1}']
+    "text", ["", "[]", "{}", '{"settings": {}, "tasks": {}, "cells": [{}]}', '{"settings": {}, "cells": []}']
 )
 def test_other_files_are_no_cells(text, tmp_path):
     (tmp_path / "x.cells.json").write_text(text)
     with pytest.raises(ValueError, match="does not hold cells of SuperGLUE"):
-        CellFile(tmp_path / "x.cells.json", {}, resume=True)
+        CellFile(tmp_path / "x.cells.json", {}, {})

@@ -22,10 +22,9 @@ from tests.models.tiny import (
 )
 from twofold.evaluate import open_contender
 from twofold.evaluate.superglue import TASKS, Tuning
+from twofold.evaluate.superglue.reader import Encoded, Reader
 from twofold.evaluate.superglue.tasks import Example, Text
 from twofold.evaluate.superglue.tune import (
-    Encoded,
-    Reader,
     accumulate,
     answer,
     label_logits,
@@ -294,6 +293,7 @@ def test_readers_that_cannot_read(text_model):
         {"pass_tokens": 0},
         {"warmup_share": 1.1},
         {"max_grad_norm": 0.0},
+        {"precision": "float16"},
     ],
     ids=lambda settings: next(iter(settings)),
 )

@@ -107,47 +107,42 @@ class CellFile:
     """Finished cells on disk, as one JSON object that is replaced whole after each.
 
     Args:
-        path: of the file. Its folder is made where it is missing.
-        settings: JSON-able, all that the cells depend on.
-        resume: go on with a file that is there; without one, begin.
+        path: of the file, which is gone on with where it is there. Its folder is made where it is missing.
+        settings: JSON-able, what all cells depend on.
+        tasks: JSON-able, what a task's cells depend on beside that, by its name. Others in the file are kept.
 
     Attributes:
         found: cells that are finished, by `Cell.point`.
 
     Raises:
-        FileExistsError: the file is there, and `resume` is off.
-        ValueError: it was begun with other settings, or is something else.
+        ValueError: the file is there, but was begun with other settings, or is something else.
     """
 
-    def __init__(self, path: Path, settings: Mapping[str, Any], *, resume: bool) -> None:
+    def __init__(self, path: Path, settings: Mapping[str, Any], tasks: Mapping[str, Any]) -> None:
         self._path = path
         self._settings = json.loads(json.dumps(dict(settings)))
+        self._tasks = json.loads(json.dumps(dict(tasks)))
         self.found: dict[tuple[str, float, int, float], Cell] = {}
         if not path.exists():
             return
-        if not resume:
-            raise FileExistsError(
-                f"{path} holds the cells of a run that was not finished, or of one that was; continue it with resume "
-                "(--resume), choose another name, or remove it"
-            )
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-            before = dict(found["settings"])
-            cells = [Cell(**{**cell, "answers": tuple(cell["answers"])}) for cell in found["cells"]]
+            content = json.loads(path.read_text(encoding="utf-8"))
+            before, tasks_before = dict(content["settings"]), dict(content["tasks"])
+            cells = [Cell(**{**cell, "answers": tuple(cell["answers"])}) for cell in content["cells"]]
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(
                 f"{path} does not hold cells of SuperGLUE ({error}); choose another name"
             ) from error
-        names = [
-            name for name in {**before, **self._settings} if before.get(name) != self._settings.get(name)
-        ]
-        if names:
-            changes = "; ".join(
-                f"{name} was {before.get(name)!r}, now {self._settings.get(name)!r}" for name in names
-            )
+        changes = _changes(before, self._settings)
+        for name, now in self._tasks.items():
+            if name in tasks_before:
+                changes += [f"{name}: {one}" for one in _changes(tasks_before[name], now)]
+        if changes:
             raise ValueError(
-                f"{path} was begun with other settings: {changes}. Resume with the same, or choose another name"
+                f"{path} was begun with other settings: {'; '.join(changes)}. Resume with the same, or choose another "
+                "name"
             )
+        self._tasks = tasks_before | self._tasks
         self.found = {cell.point: cell for cell in cells}
 
     def add(self, cell: Cell) -> None:
@@ -155,6 +150,12 @@ class CellFile:
         self.found[cell.point] = cell
         self._path.parent.mkdir(parents=True, exist_ok=True)
         part = self._path.with_name(f".{self._path.name}.{os.getpid()}")
-        content = {"settings": self._settings, "cells": [asdict(one) for one in self.found.values()]}
+        cells = [asdict(one) for one in self.found.values()]
+        content = {"settings": self._settings, "tasks": self._tasks, "cells": cells}
         part.write_text(json.dumps(content) + "\n", encoding="utf-8")
         part.replace(self._path)
+
+
+def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+    return [f"{name} was {before.get(name)!r}, now {now.get(name)!r}" for name in names]

@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import platform
 import shlex
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-import numpy as np
 import torch
 
 from twofold.evaluate.contender import Contender, open_contender
 from twofold.evaluate.results import Evaluation, TaskResult
 from twofold.evaluate.superglue.cells import Cell, CellFile, Grid
-from twofold.evaluate.superglue.data import Missing, Source, Splits
-from twofold.evaluate.superglue.tasks import TASKS, Task
-from twofold.evaluate.superglue.tune import Encoded, Reader, Tuning, tune
+from twofold.evaluate.superglue.examples import Ready, Say, prepare, seed_of
+from twofold.evaluate.superglue.reader import Reader
+from twofold.evaluate.superglue.tasks import TASKS
+from twofold.evaluate.superglue.tune import Tuning, tune
 from twofold.infer.journal import fingerprint, refuse_existing
 from twofold.models import EncoderDecoder
 from twofold.train.step import NonFiniteError
@@ -40,37 +39,6 @@ SELECTION = (
     "The cell is chosen on the dev set that gives the score. That is the paper's protocol, and optimistic, the more so "
     "the larger the grid and the smaller the dev set: compare only scores of equal grids."
 )
-
-Say = Callable[[str], None]
-
-
-@dataclass(frozen=True, slots=True)
-class Ready:
-    """A task that can run."""
-
-    task: Task
-    train: tuple[Encoded, ...]
-    dev: tuple[Encoded, ...]
-    origin: str
-    n_shared: int
-    """See `Splits`."""
-
-    def describe(self) -> dict[str, Any]:
-        """What its cells depend on, JSON-able."""
-        digest = hashlib.sha256(repr((self.train, self.dev)).encode()).hexdigest()[:16]
-        counts = Counter(one.label for one in self.train)
-        return {
-            "labels": list(self.task.labels),
-            "logits": "one for each alternative" if self.task.is_choice else "one for each label",
-            "data": self.origin,
-            "examples": digest,
-            "n_train": len(self.train),
-            "n_dev": len(self.dev),
-            "n_train_of_label": [counts[i] for i in range(len(self.task.labels))],
-            "n_train_truncated": sum(one.is_truncated for one in self.train),
-            "n_dev_truncated": sum(one.is_truncated for one in self.dev),
-            "n_train_left_out_for_dev": self.n_shared,
-        }
 
 
 def run(
@@ -104,7 +72,7 @@ def run(
         limit_train: examples, drawn with `seed`; None: all.
         limit_dev: examples, the first; None: all.
         seed: of heads, orders and dropout; the same for all cells of a task.
-        resume: go on with the cells of `out`, and replace `out`. The grid may be another one.
+        resume: go on with the cells of `out`, and replace `out`. Tasks and grid may be others.
         device: default: CUDA where there is one, else the CPU.
         say: hears of every task and cell.
 
@@ -121,69 +89,65 @@ def run(
             float32, cells of other settings, or a task of which no cell stayed finite.
     """
     grid, tuning = grid or Grid(), tuning or Tuning()
-    _check(tasks, limit_train, limit_dev)
     cells_file = out.with_name(out.name.removesuffix(".json") + ".cells.json")
     if not resume:
         refuse_existing(out)
         refuse_existing(cells_file)
-    source = Source(data)
     if not isinstance(contender, Contender):
         contender = open_contender(contender)
     model, place = contender.model, torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     reader = Reader(model, tuning.max_tokens)
     tuning = replace(tuning, max_tokens=reader.max_tokens)
+    ready, skipped = prepare(
+        tasks, data, reader, limit_train=limit_train, limit_dev=limit_dev, seed=seed, say=say
+    )
 
-    ready, skipped = [], {}
-    for name in dict.fromkeys(tasks):
-        try:
-            splits = source.splits(name)
-        except Missing as error:
-            skipped[name] = str(error)
-            say(f"{name}: left out, {error}")
-        else:
-            ready.append(_ready(TASKS[name], splits, reader, limit_train, limit_dev, seed))
-    if not ready:
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in skipped.items())
-        raise ValueError(
-            f"there is no task to run ({reasons}); give a folder with the files, see `superglue.data`"
-        )
+    settings: dict[str, Any] = {"tuning": asdict(tuning), "seed": seed}
+    examples = {one.task.name: one.describe() for one in ready}
+    depends_on = settings | {"model": fingerprint(model), "device": place.type}
+    cells = CellFile(cells_file, depends_on, examples)
+    _fill(cells, model, ready, grid, tuning, seed=seed, place=place, say=say)
 
-    settings: dict[str, Any] = {
+    settings |= {
         "suite": "superglue",
         "protocol": PROTOCOL,
         "selection": SELECTION,
-        "tuning": asdict(tuning),
+        "tuned_parameters": sum(p.numel() for p in model.encoder.parameters()),
         "limit_train": limit_train,
         "limit_dev": limit_dev,
-        "seed": seed,
+        "examples": examples,
+        "skipped": skipped,
+        "grid": {name: list(values) for name, values in asdict(grid).items()},
     }
-    examples = {one.task.name: one.describe() for one in ready}
-    depends_on = {
-        **settings, "model": fingerprint(model), "device": place.type,
-        **{f"examples of {name}": found for name, found in examples.items()},
-    }  # fmt: skip
-    cells = CellFile(cells_file, depends_on, resume=resume)
-    _fill(cells, model, ready, grid, tuning, seed=seed, place=place, say=say)
+    evaluation = _evaluation(contender, cells, ready, grid, settings, place)
+    evaluation.save(out)
+    return evaluation
 
+
+def _evaluation(
+    contender: Contender,
+    cells: CellFile,
+    ready: Sequence[Ready],
+    grid: Grid,
+    settings: dict[str, Any],
+    place: torch.device,
+) -> Evaluation:
+    """The best cell of each task as its result, and all of them in the settings."""
     of_task = {one.task.name: [cells.found[one.task.name, *point] for point in grid.points] for one in ready}
     best = {name: best_of(found) for name, found in of_task.items()}
     results = {PREFIX + one.task.name: score(one, best[one.task.name]) for one in ready}
-    evaluation = Evaluation(
+    return Evaluation(
         model=contender.name,
         path=contender.path,
         kind=contender.kind,
-        parameters=sum(p.numel() for p in model.parameters()),
+        parameters=sum(p.numel() for p in contender.model.parameters()),
         tasks=results,
         settings=settings
         | {
-            "tuned_parameters": sum(p.numel() for p in model.encoder.parameters()),
-            "examples": examples,
-            "skipped": skipped,
-            "grid": {name: list(values) for name, values in asdict(grid).items()},
             "cells": {name: [cell.summary() for cell in found] for name, found in of_task.items()},
             "best": {name: cell.summary() for name, cell in best.items()},
             "mean_accuracy": fmean(result.value for result in results.values()),
-            "mean_over": [one.task.name for one in ready],
+            "mean_over": list(best),
         },
         versions={name: version(name) for name in ("twofold", "torch", "transformers")},
         hardware=_hardware(place),
@@ -191,8 +155,6 @@ def run(
         date=datetime.now(UTC).strftime("%Y-%m-%d"),
         seconds=sum(cell.seconds for found in of_task.values() for cell in found),
     )
-    evaluation.save(out)
-    return evaluation
 
 
 def best_of(cells: Sequence[Cell]) -> Cell:
@@ -228,47 +190,6 @@ def score(ready: Ready, cell: Cell) -> TaskResult:
     )
 
 
-def _check(tasks: Sequence[str], limit_train: int | None, limit_dev: int | None) -> None:
-    unknown = [name for name in tasks if name not in TASKS]
-    if unknown or not tasks:
-        raise ValueError(f"SuperGLUE's tasks are {', '.join(TASKS)}; got {', '.join(unknown) or 'none'}")
-    for name, value in (("limit_train", limit_train), ("limit_dev", limit_dev)):
-        if value is not None and value < 1:
-            raise ValueError(f"{name} must be at least 1 or None, got {value}")
-
-
-def _seed_of(seed: int, task: str) -> int:
-    """63 bits for a task, whichever others run."""
-    return int(np.random.SeedSequence((seed, *task.encode())).generate_state(1, np.uint64)[0] >> 1)
-
-
-def _ready(
-    task: Task, splits: Splits, reader: Reader, limit_train: int | None, limit_dev: int | None, seed: int
-) -> Ready:
-    """Draw, cut and encode.
-
-    Raises:
-        ValueError: a label without training example, or a text that cannot be cut.
-    """
-    train = splits.train
-    if limit_train is not None and limit_train < len(train):
-        drawn = np.random.default_rng(_seed_of(seed, task.name)).permutation(len(train))[:limit_train]
-        train = tuple(train[i] for i in sorted(drawn.tolist()))
-    absent = set(range(len(task.labels))) - {example.label for example in train}
-    if absent:
-        raise ValueError(
-            f"{splits.origin}: none of the {len(train)} training examples of {task.name} has the label "
-            f"{' or '.join(task.labels[i] for i in sorted(absent))}; raise limit_train, or complete the data"
-        )
-    return Ready(
-        task,
-        tuple(map(reader.encode, train)),
-        tuple(map(reader.encode, splits.dev[:limit_dev])),
-        splits.origin,
-        splits.n_shared,
-    )
-
-
 def _fill(
     cells: CellFile,
     model: EncoderDecoder,
@@ -291,7 +212,7 @@ def _fill(
                 if (one.task.name, *point) in cells.found:
                     continue
                 encoder.load_state_dict(base)
-                cells.add(_cell(model, one, point, tuning, seed=_seed_of(seed, one.task.name)))
+                cells.add(_cell(model, one, point, tuning, seed=seed_of(seed, one.task.name)))
                 say(str(cells.found[one.task.name, *point]))
     finally:
         encoder.load_state_dict(base)

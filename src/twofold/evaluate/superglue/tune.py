@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from twofold.config.recipe import OptimizerConfig, ScheduleConfig
-from twofold.evaluate.superglue.tasks import Example, Task, Text
+from twofold.evaluate.superglue.reader import Encoded
+from twofold.evaluate.superglue.tasks import Task
 from twofold.infer.padding import padded
 from twofold.models import EncoderClassifier, EncoderDecoder
 from twofold.train.optimizer import new_optimizer, trainable_parameters
@@ -60,6 +61,8 @@ class Tuning:
         for name, optional in (("steps", self.steps), ("max_tokens", self.max_tokens)):
             if optional is not None and optional < 1:
                 raise ValueError(f"{name} must be at least 1 or None, got {optional}")
+        if self.precision not in ("float32", "bfloat16"):
+            raise ValueError(f"precision must be 'float32' or 'bfloat16', got {self.precision!r}")
         if not 0 <= self.warmup_share <= 1:
             raise ValueError(f"warmup_share must be from 0 to 1, got {self.warmup_share}")
         if not self.max_grad_norm > 0 or self.weight_decay < 0:
@@ -67,22 +70,6 @@ class Tuning:
                 f"max_grad_norm must be above 0 and weight_decay 0 or more, got {self.max_grad_norm} and "
                 f"{self.weight_decay}"
             )
-
-
-@dataclass(frozen=True, slots=True)
-class Encoded:
-    """An example in token ids."""
-
-    texts: tuple[tuple[int, ...], ...]
-    """One, or one for each alternative."""
-    label: int
-    is_truncated: bool
-    """The model does not read everything."""
-
-    @property
-    def length(self) -> int:
-        """Tokens of the longest text."""
-        return max(map(len, self.texts))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -100,61 +87,6 @@ class Tuned:
     """Training and answers together."""
     step_s: float
     """Seconds per optimizer step, mean."""
-
-
-class Reader:
-    """Text to token ids, as one model reads it.
-
-    Args:
-        model: with a tokenizer.
-        max_tokens: of a text, BOS included; None: what the encoder takes.
-
-    Raises:
-        ValueError: no tokenizer, or more tokens than the encoder takes.
-    """
-
-    def __init__(self, model: EncoderDecoder, max_tokens: int | None = None) -> None:
-        limit = model.config.encoder.max_position_embeddings
-        if model.tokenizer is None:
-            raise ValueError(
-                "the model has no tokenizer, so it cannot read SuperGLUE; put one into its folder"
-            )
-        if max_tokens is not None and max_tokens > limit:
-            raise ValueError(f"max_tokens is {max_tokens}, and the encoder takes {limit}; lower it")
-        self.max_tokens = max_tokens or limit
-        self._tokenizer = model.tokenizer
-        bos = model.config.bos_token_id
-        self._before = (bos,) if model.config.source_bos and bos is not None else ()
-
-    def encode(self, example: Example) -> Encoded:
-        """Token ids of an example; of texts that are too long, the body's end is cut off.
-
-        Raises:
-            ValueError: head and tail of a text alone are too long.
-        """
-        found = [self._ids(text) for text in example.texts]
-        return Encoded(
-            tuple(ids for ids, _ in found), example.label, any(is_truncated for _, is_truncated in found)
-        )
-
-    def _ids(self, text: Text) -> tuple[tuple[int, ...], bool]:
-        room = self.max_tokens - len(self._before)
-        whole = self._tokens(str(text))
-        if len(whole) <= room:
-            return (*self._before, *whole), False
-        tail = self._tokens(text.tail)
-        room -= len(tail)
-        start = self._tokens(text.head + text.body)[: max(room, 0)]
-        if len(start) <= len(self._tokens(text.head)):
-            raise ValueError(
-                f"max_tokens={self.max_tokens} leaves no room for more than the question in "
-                f"{str(text)[:80]!r}...; raise it"
-            )
-        return (*self._before, *start, *tail), True
-
-    def _tokens(self, text: str) -> list[int]:
-        ids: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
-        return ids
 
 
 def tune(
