@@ -12,12 +12,12 @@ from typing import Literal
 
 import torch
 
-from twofold.adapt import adapt
-from twofold.checkpoint.load import load
+from twofold.adapt import Choices, adapt, plan_adaptation
+from twofold.checkpoint.load import load, read_config
 from twofold.checkpoint.resolve import resolve
 from twofold.config import EncoderDecoderConfig
 from twofold.models import EncoderDecoder
-from twofold.models.families import DONORS
+from twofold.models.families import DONORS, donor_family
 
 Kind = Literal["encoder-decoder", "decoder-only"]
 
@@ -77,3 +77,19 @@ def open_contender(
         kind=kind_of(model.config),
         model=model.eval(),
     )
+
+
+def contender_config(path_or_name: str | Path) -> EncoderDecoderConfig:
+    """What `open_contender` would open, without its weights and tokenizer.
+
+    `source_bos`, which a donor's tokenizer decides, is left off.
+
+    Raises:
+        ValueError, FileNotFoundError: as for `twofold.load` and `twofold.adapt`.
+    """
+    checkpoint = resolve(path_or_name)
+    if checkpoint.config.get("model_type") not in DONORS:
+        return read_config(checkpoint)[0]
+    donor = donor_family(checkpoint.config).read_config(checkpoint.config)
+    choices = Choices(start="lossless", encoder_mask="causal", tie_stacks=True)
+    return plan_adaptation(donor, None, choices).config
