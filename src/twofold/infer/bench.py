@@ -8,7 +8,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -31,6 +31,8 @@ from twofold.infer.timing import (
 )
 
 _WARMUP_TOKENS = 4
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,6 +78,8 @@ class BatchFigures:
     """Until every row had its first token."""
     decode_tokens_per_s: dict[str, float] | None
     """Of all rows after their first tokens; None where only one token was asked for."""
+    total_s: dict[str, float]
+    """Until every row had its last token."""
     peak_bytes: int
     """Of the process while it ran, weights included; on a GPU its allocator's."""
 
@@ -161,12 +165,21 @@ def measure(plan: Plan) -> Figures | Failed:
         load_s=load_s,
         load_peak_bytes=load_peak,
         ready_bytes=ready,
-        batches=_batches(engine, config, plan),
+        batches=time_batches(engine, config, plan),
         measured=measure_quality(engine, given) if given else None,
     )
 
 
-def _batches(engine: Engine, config: EncoderDecoderConfig, plan: Plan) -> tuple[BatchFigures, ...]:
+def time_batches(engine: Engine, config: EncoderDecoderConfig, plan: Plan) -> tuple[BatchFigures, ...]:
+    """Time random sources at the lengths and batch sizes of a plan.
+
+    Args:
+        engine: idle, without a thread of its own, for as many rows as the largest batch.
+        config: of its model.
+
+    Raises:
+        ValueError: the lengths do not fit the model.
+    """
     timed: dict[int, list[Timed]] = {size: [] for size in plan.batch_sizes}
     peaks = dict.fromkeys(plan.batch_sizes, 0)
     for run in range(-1, plan.runs):  # the first is not counted: libraries load what they need
@@ -184,6 +197,7 @@ def _batches(engine: Engine, config: EncoderDecoderConfig, plan: Plan) -> tuple[
             batch_size=size,
             first_token_s=spread([one.first_s for one in runs]),
             decode_tokens_per_s=_rates(runs),
+            total_s=spread([one.total_s for one in runs]),
             peak_bytes=peaks[size],
         )
         for size, runs in timed.items()
@@ -206,18 +220,39 @@ def _peak(device: torch.device) -> int:
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_bytes()
 
 
+class EndedError(RuntimeError):
+    """The system ended a process before it had its result."""
+
+
+def run_apart(work: Callable[..., T], *arguments: Any) -> T:
+    """Call a function in a new process, so that memory and threads are its own.
+
+    Args:
+        work: of a module, as it goes to the other process by name.
+        arguments: and its result: whatever can be pickled.
+
+    Raises:
+        EndedError: see there; and whatever `work` raises.
+    """
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as processes:
+        try:
+            return processes.submit(work, *arguments).result()
+        except BrokenProcessPool as error:
+            raise EndedError(
+                "its process was ended by the system, which is what happens where memory is short"
+            ) from error
+
+
 def measure_apart(plan: Plan) -> Figures | Failed:
     """Measure in a new process, so that memory is this precision's alone.
 
     Raises:
         ValueError, OSError: as for `twofold.load`.
     """
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as processes:
-        try:
-            return processes.submit(measure, plan).result()
-        except BrokenProcessPool:
-            reason = "its process was ended by the system, which is what happens where memory is short"
-            return Failed(precision=plan.precision, reason=reason)
+    try:
+        return run_apart(measure, plan)
+    except EndedError as error:
+        return Failed(precision=plan.precision, reason=str(error))
 
 
 def bench(
