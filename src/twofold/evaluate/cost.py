@@ -8,16 +8,22 @@ with a float32 scale for each token and head.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from twofold.config import EncoderDecoderConfig
-from twofold.evaluate.contender import kind_of
+from twofold.evaluate.contender import Kind, kind_of
+from twofold.evaluate.latency import Latency
 from twofold.infer.backends import Precision
 from twofold.models import EncoderDecoder
 from twofold.models.flops import decoder_only_flops, forward_flops
+
+FORMAT = 1
 
 _INT4_GROUP = 64
 
@@ -124,3 +130,49 @@ def _cache_bytes(config: EncoderDecoderConfig, precision: Precision) -> int:
         * decoder.num_key_value_heads
         * per_head.get(precision, decoder.head_dim + 4)
     )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Cost:
+    """What is kept of a model's cost, so that a report can be made without the model."""
+
+    path: str
+    config: EncoderDecoderConfig
+    latency: Latency | None = None
+    """None: it was not measured."""
+
+    @property
+    def kind(self) -> Kind:
+        return kind_of(self.config)
+
+    def save(self, file: Path) -> None:
+        """Write as JSON, whole or not at all; an older file of this name is replaced."""
+        found = {
+            "format": FORMAT,
+            "path": self.path,
+            "config": self.config.model_dump(mode="json"),
+            "latency": None if self.latency is None else asdict(self.latency),
+        }
+        file.parent.mkdir(parents=True, exist_ok=True)
+        part = file.with_name(f".{file.name}.{os.getpid()}")
+        part.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        part.replace(file)
+
+    @classmethod
+    def load(cls, file: Path) -> Cost:
+        """Read what `save` wrote.
+
+        Raises:
+            ValueError: not such a file.
+        """
+        try:
+            found = json.loads(file.read_text(encoding="utf-8"))
+            if (given := found["format"]) != FORMAT:
+                raise ValueError(f"its format is {given!r}, this version reads {FORMAT}")
+            return cls(
+                path=found["path"],
+                config=EncoderDecoderConfig.model_validate(found["config"]),
+                latency=None if found["latency"] is None else Latency.read(found["latency"]),
+            )
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"{file} is not a cost file of `twofold frontier`: {error}") from error
