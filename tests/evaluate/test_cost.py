@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from tests.evaluate.examples import one_stack
 from tests.models import hf
 from tests.models.test_flops import TABLE, t5gemma
 from tests.models.tiny import MEETINGS, build, gemma_stack, meeting_id, pair_config, random_ids, stack
@@ -16,17 +17,7 @@ from twofold.infer.backends.base import Start
 from twofold.infer.backends.torch_backend import TorchBackend
 from twofold.models.flops import attention_pairs
 
-ONE_STACK = {
-    "layout": "merged", "reads": "aligned", "cross_rope": True, "decoder_positions": "continue",
-    "decoder_start": "last_source_token", "tie_word_embeddings": "all", "tie_stacks": True,
-}  # fmt: skip
 N, M = 11, 7
-
-
-def one_stack(config: EncoderDecoderConfig) -> EncoderDecoderConfig:
-    """The decoder of a pair as a model of its own."""
-    side = config.decoder
-    return pair_config(side, **ONE_STACK, encoder_mask=("causal",) * side.num_hidden_layers)
 
 
 def start(n_source: int, n_tokens: int) -> Start:
