@@ -9,7 +9,7 @@ import warnings
 
 import typer
 
-from twofold.cli import adapt, average, bench, export, generate, inspect, plan, train
+from twofold.cli import adapt, average, bench, export, frontier, generate, inspect, plan, train
 from twofold.cli.console import fail, is_main, note
 from twofold.train import CheckpointError, NonFiniteError, OtherRankError
 
@@ -28,6 +28,7 @@ app.command("plan")(plan.plan_command)
 app.command("average")(average.average_command)
 app.command("export")(export.export_command)
 app.command("bench")(bench.bench_command)
+app.command("frontier")(frontier.frontier_command)
 
 
 def main() -> None:

@@ -82,6 +82,20 @@ def _compared(evaluation: Evaluation, tasks: Sequence[str], known: Set[str]) -> 
     return found
 
 
+def demand_alike(unequal: Sequence[str]) -> None:
+    """Go on only where nothing differs.
+
+    Raises:
+        ValueError: something does.
+    """
+    if unequal:
+        lines = "\n  ".join(unequal)
+        raise ValueError(
+            f"the models were not evaluated alike:\n  {lines}\nEvaluate them with equal settings, or pass "
+            "--allow-differences for a report with this as a warning"
+        )
+
+
 def latency_differences(latencies: Mapping[str, Latency]) -> list[str]:
     """What must be equal for latencies to be comparable, and is not."""
     if not latencies:

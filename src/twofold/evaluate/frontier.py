@@ -12,7 +12,7 @@ from statistics import fmean
 from typing import Any
 
 from twofold.evaluate.bootstrap import CONFIDENCE, DRAWS, Estimate, Floats, estimate, mean_of, resampled_means
-from twofold.evaluate.comparable import differences, latency_differences, shared_tasks
+from twofold.evaluate.comparable import demand_alike, differences, latency_differences, shared_tasks
 from twofold.evaluate.contender import Kind
 from twofold.evaluate.cost import Cost, Footprint, answer_flops, footprint
 from twofold.evaluate.latency import LatencySettings, Lengths, Timing
@@ -206,12 +206,8 @@ def frontier(
     unequal = differences(evaluations, chosen)
     latencies = {name: cost.latency for name, cost in costs.items() if cost.latency is not None}
     unequal += latency_differences(latencies)
-    if unequal and not allows_differences:
-        raise ValueError(
-            "the models were not evaluated alike:\n  "
-            + "\n  ".join(unequal)
-            + "\nEvaluate them with equal settings, or pass --allow-differences for a report with this as a warning"
-        )
+    if not allows_differences:
+        demand_alike(unequal)
     timed_at = reference or reference_lengths(evaluations, chosen, costs.values())
     drawn = _draw(evaluations, chosen, draws, seed)
     entries = [
