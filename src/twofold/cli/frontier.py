@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Annotated, cast
 
@@ -33,13 +34,15 @@ def frontier_command(
     tasks: Annotated[
         str | None, typer.Option(help="Comma-separated. Default: those that all evaluations have.")
     ] = None,
-    suite: Annotated[str | None, typer.Option(help="A list of tasks by name, see `twofold eval`.")] = None,
+    suite: Annotated[
+        str | None, typer.Option(help="A list of tasks in place of --tasks, see `twofold eval`.")
+    ] = None,
     data: Annotated[
         Path | None, typer.Option(envvar="TWOFOLD_DATA", help="Folder of local task files.")
     ] = None,
     limit: Annotated[int | None, typer.Option(help="The first examples of each task alone.")] = None,
-    shots: Annotated[
-        int | None, typer.Option(help="Worked examples before each question; default: each task's own.")
+    num_fewshot: Annotated[
+        int | None, typer.Option(help="Worked examples before each question; default: the task's own.")
     ] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Ask through the models' chat templates.")] = False,
     baseline: Annotated[
@@ -91,7 +94,7 @@ def frontier_command(
         tasks=_tasks(tasks, suite, are_evaluated=all(is_evaluation(path) for path in named.values())),
         data=data,
         limit=limit,
-        num_fewshot=shots,
+        num_fewshot=num_fewshot,
         chat=chat,
         latency=LatencySettings(
             precision=cast(Precision, _chosen(precision, PRECISIONS, "--precision")),
@@ -106,6 +109,7 @@ def frontier_command(
         allows_differences=allow_differences,
         skip_vision=skip_vision,
     )
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
     found = collect(comparison, folder, force=force, say=note)
     files = write_report(found, folder, command=command(), versions=versions())
     show(found)
@@ -147,8 +151,8 @@ def _tasks(tasks: str | None, suite: str | None, *, are_evaluated: bool) -> tupl
     if suite is not None:
         from twofold.evaluate.tasks import SUITES
 
-        name = _chosen(suite, tuple(SUITES), "--suite")
-        return tuple(SUITES[name]) if are_evaluated else (name,)
+        name = _chosen(suite, (*SUITES, "local"), "--suite")
+        return tuple(SUITES[name]) if are_evaluated and name in SUITES else (name,)
     return tuple(name.strip() for name in (tasks or "").split(",") if name.strip())
 
 

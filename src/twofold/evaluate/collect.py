@@ -217,9 +217,11 @@ def _evaluation(name: str, path: str, comparison: Comparison, folder: Path, say:
         raise ValueError(f"{name} is to be evaluated, on no task; name some with --tasks or --suite")
     from twofold.evaluate.run import evaluate
 
+    # In int8 and int4 the engine writes, and likelihoods are the model's own.
+    dtype = torch.bfloat16 if comparison.precision == "bfloat16" else torch.float32
     say(f"{name}: evaluating on {', '.join(comparison.tasks)}")
     found = evaluate(
-        open_contender(path, name=name, dtype=torch.float32, skip_vision=comparison.skip_vision),
+        open_contender(path, name=name, dtype=dtype, skip_vision=comparison.skip_vision),
         comparison.tasks,
         data=comparison.data,
         limit=comparison.limit,
