@@ -9,7 +9,7 @@ from tests.evaluate.examples import SIX, cost, evaluation, one_stack, result, si
 from tests.models.test_flops import t5gemma
 from twofold.evaluate.comparable import differences, latency_differences, shared_tasks
 from twofold.evaluate.cost import answer_flops
-from twofold.evaluate.finding import cost_ratios, expense, finding, told, verdict
+from twofold.evaluate.finding import clear_ratios, cost_ratios, expense, finding, told, verdict
 from twofold.evaluate.frontier import Lengths, frontier, pareto, reference_lengths, wanted_timings
 from twofold.evaluate.latency import LatencySettings
 
@@ -208,6 +208,16 @@ def test_names():
 )
 def test_costs_in_a_word(ratios, expected):
     assert expense(ratios) == expected
+
+
+def test_latencies_that_overlap_are_no_difference_in_cost():
+    models, _, _ = two_models()
+    wanted = wanted_timings(models[0], ("a", "b"), reference_lengths(models, ("a", "b")), 8)
+    for speed, expected in [(1.06, 1.0), (1.5, 1 / 1.5)]:
+        found = frontier(models, {"stack": cost(SMALL, wanted), "pair": cost(PAIR, wanted, speed=speed)})
+        stack, pair = found.entry("stack"), found.entry("pair")
+        assert cost_ratios(pair, stack)["latency"] == pytest.approx(1 / speed)
+        assert clear_ratios(pair, stack)["latency"] == pytest.approx(expected)
 
 
 def test_the_finding_claims_what_the_intervals_allow():

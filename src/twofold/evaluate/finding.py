@@ -31,6 +31,15 @@ def cost_ratios(entry: Entry, base: Entry) -> dict[str, float]:
     return {name: ours / theirs for name, (ours, theirs) in pairs.items() if ours and theirs}
 
 
+def clear_ratios(entry: Entry, base: Entry) -> dict[str, float]:
+    """The same, but 1 for latencies whose runs overlap: these do not tell two models apart."""
+    ratios = cost_ratios(entry, base)
+    ours, theirs = entry.latency_s, base.latency_s
+    if ours and theirs and ours["min"] <= theirs["max"] and theirs["min"] <= ours["max"]:
+        ratios["latency"] = 1.0
+    return ratios
+
+
 def expense(ratios: dict[str, float]) -> Expense:
     """All costs in one word."""
     if not ratios:
@@ -50,7 +59,7 @@ def told(frontier: Frontier) -> Entry | None:
     pairs = [entry for entry in others if entry.kind == "encoder-decoder"]
 
     def rank(entry: Entry) -> tuple[bool, float, float]:
-        ratios = cost_ratios(entry, base)
+        ratios = clear_ratios(entry, base)
         if verdict(entry) == "better" and expense(ratios) in ("less", "the same"):
             return True, 0.0, entry.score.value
         apart = max((abs(math.log2(ratio)) for ratio in ratios.values()), default=0.0)
@@ -75,7 +84,7 @@ def finding(frontier: Frontier) -> str:
     costs = " and ".join(f"{ratio:.2f} times its {name}" for name, ratio in ratios.items())
     return (
         f"Over {over}, {entry.name} scores {entry.score.value:.1f} points, {size}"
-        f"{', at ' + costs if costs else ''}: {_summary(entry, expense(ratios))}."
+        f"{', at ' + costs if costs else ''}: {_summary(entry, expense(clear_ratios(entry, base)))}."
     )
 
 

@@ -343,6 +343,8 @@ def _caveats(frontier: Frontier) -> str:
         "A request is one question put to the model: a task with four choices takes several for each example, of every "
         "model alike.",
     ]
+    if frontier.latency_settings is not None and frontier.latency_settings.runs == 1:
+        lines.append("Latencies are of one run each, so their spread is not known.")
     if frontier.left_out:
         lines.append(f"Left out, as not every model has them: {', '.join(frontier.left_out)}.")
     without = sorted({task for _, task, result in results if result.score.low is None})
