@@ -197,6 +197,18 @@ def test_names_in_pictures_cover_nothing(found, kind, shape):
             assert not box.contains(x, y)
 
 
+def test_small_differences_look_small(found):
+    """Costs a few percent and scores a tenth of a point apart do not fill a picture."""
+    near = [
+        replace(point, cost=1e9 * (1 + 0.03 * i), cheapest=1e9, dearest=1e9, score=50 + 0.1 * i, low=None, high=None)
+        for i, point in enumerate(points_of(found, "flops")[:2])
+    ]  # fmt: skip
+    axes = draw(near, "flops", WIDE).axes[0]
+    (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
+    assert right - left > 10 * 0.03e9
+    assert top - bottom > 10 * 0.1
+
+
 def test_names_of_points_on_one_spot_are_kept_apart():
     anchors = [(200.0, 100.0)] * 5
     boxes = place(anchors, [(60.0, 12.0)] * 5, [Box(194, 94, 206, 106)], Box(0, 0, 400, 200))

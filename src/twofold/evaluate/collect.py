@@ -21,6 +21,7 @@ from twofold.evaluate.contender import contender_config, open_contender
 from twofold.evaluate.cost import Cost
 from twofold.evaluate.frontier import Frontier, frontier, reference_lengths, wanted_timings
 from twofold.evaluate.latency import Latency, LatencySettings, Lengths, measure_latency
+from twofold.evaluate.machine import command
 from twofold.evaluate.results import Evaluation
 from twofold.infer.backends import Precision
 from twofold.infer.bench import EndedError
@@ -232,6 +233,7 @@ def _evaluation(name: str, path: str, comparison: Comparison, folder: Path, say:
         threads=comparison.latency.threads,
         batch_size=comparison.latency.batch_size,
         cache=folder / "answers",
+        command=command(),
         show_progress=True,
     )
     found.save(kept)

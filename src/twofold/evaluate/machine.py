@@ -47,4 +47,5 @@ def versions() -> dict[str, str]:
 
 def command() -> str:
     """What was typed."""
-    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    program = Path(sys.argv[0]).name
+    return shlex.join(["twofold" if program == "__main__.py" else program, *sys.argv[1:]])

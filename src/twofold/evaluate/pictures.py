@@ -37,6 +37,10 @@ _STYLES: dict[Kind, tuple[str, str, float]] = {
 
 _LOG_FROM = 3.0
 """Costs this many times apart get a logarithmic axis."""
+_LEAST_SPAN = 0.4
+"""Of an axis of costs, as a part of the largest: a few percent are not to look like much."""
+_LEAST_POINTS = 5.0
+"""Of the axis of scores."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,11 +204,9 @@ def _axes(axes: Any, points: Sequence[Point], cost: Cost, shape: Shape) -> None:
         axes.xaxis.set_minor_locator(NullLocator())
         axes.set_xticks(round_steps(*axes.get_xlim(), most=6 if shape.width > 500 else 4))
     else:
-        margin = 0.15 * ((max(costs) - min(costs)) or max(costs))
-        axes.set_xlim(min(costs) - margin, max(costs) + margin)
+        axes.set_xlim(*_room(costs, 0.15, _LEAST_SPAN * max(costs)))
         axes.xaxis.set_major_locator(MaxNLocator(5 if shape.width > 500 else 3))
-    margin = 0.1 * ((max(scores) - min(scores)) or 1.0)
-    axes.set_ylim(min(scores) - margin, max(scores) + margin)
+    axes.set_ylim(*_room(scores, 0.1, _LEAST_POINTS))
     axes.yaxis.set_major_locator(MaxNLocator(6))
     unit = "FLOPs per request" if cost == "flops" else "time per request at batch 1"
     axes.set_xlabel(f"{unit}{', log scale' if is_log else ''}", color=COLOURS["muted"])
@@ -216,6 +218,13 @@ def _axes(axes: Any, points: Sequence[Point], cost: Cost, shape: Shape) -> None:
     axes.tick_params(axis="x", length=4, color=COLOURS["rule"])
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.spines["bottom"].set_color(COLOURS["muted"])
+
+
+def _room(values: Sequence[float], margin: float, least: float) -> tuple[float, float]:
+    """Bounds around values: with a margin, a part of their span, on both sides, and no narrower than `least`."""
+    low, high = min(values), max(values)
+    half = max((0.5 + margin) * (high - low), least / 2)
+    return (low + high) / 2 - half, (low + high) / 2 + half
 
 
 def round_steps(low: float, high: float, *, most: int) -> list[float]:

@@ -379,8 +379,9 @@ def _settings(frontier: Frontier, command: str, versions: Mapping[str, str]) -> 
     for entry in frontier.entries:
         run = next(each for each in frontier.evaluations if each["model"] == entry.name)
         facts: dict[str, Any] = {"path": entry.path, "evaluated": f"{run['date']}, in {run['seconds']:.0f} s"}
-        if run["versions"] != versions:
-            facts["versions"] = run["versions"]
+        others = {key: one for key, one in run["versions"].items() if versions.get(key, one) != one}
+        if others:
+            facts["with other versions"] = others
         lengths = (
             f"{t}: {entry.tasks[t].lengths.source} + {entry.tasks[t].lengths.target}" for t in frontier.tasks
         )
