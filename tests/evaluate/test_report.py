@@ -11,17 +11,8 @@ import pytest
 
 from tests.evaluate.examples import SIX, TASKS, cost, six_models
 from twofold.evaluate.frontier import frontier, reference_lengths, wanted_timings
-from twofold.evaluate.pictures import (
-    NARROW,
-    WIDE,
-    Box,
-    draw,
-    format_cost,
-    format_count,
-    place,
-    points_of,
-    round_steps,
-)
+from twofold.evaluate.labels import Box, place
+from twofold.evaluate.pictures import NARROW, WIDE, draw, format_cost, format_count, points_of, round_steps
 from twofold.evaluate.report import report_html, write_report
 
 COMMAND = "twofold frontier a b -o 'out <1>'"
