@@ -26,6 +26,42 @@ def test_scores_are_those_of_whole_forward_passes(meeting, monkeypatch):
         assert score.token_ids == tuple(target)
         assert score.logprobs == pytest.approx(expected, abs=1e-5)
         assert score.total == pytest.approx(sum(expected), abs=1e-4)
+        assert score.is_greedy == (logits.argmax(-1).tolist() == target)
+
+
+@pytest.mark.parametrize(("batch_tokens", "sources_encoded"), [(10, [1, 1, 1]), (4096, [2])])
+def test_rows_of_one_source_encode_it_once_a_batch(batch_tokens, sources_encoded, monkeypatch):
+    monkeypatch.setattr("twofold.infer.likelihood._MAX_TOKENS", batch_tokens)
+    model = build(pair_config(gemma_stack(), **MEETINGS[15]), qk_factor=2.0)
+    sources = [[5, 6, 7], [8, 9], [5, 6, 7], [5, 6, 7], [8, 9]]
+    targets = [[20, 21], [22], [23], [24, 25, 26], [27, 28]]
+    encoded = []
+    encode = model.encode
+    monkeypatch.setattr(model, "encode", lambda ids, mask: encoded.append(len(ids)) or encode(ids, mask))
+    found = score_targets(model, sources, [[2]] * 5, targets)
+    assert encoded == sources_encoded
+    for score, source, target in zip(found, sources, targets, strict=True):
+        alone = score_targets(model, [source], [[2]], [target])[0]
+        assert score.logprobs == pytest.approx(alone.logprobs, abs=1e-5)
+
+
+@torch.no_grad()
+def test_what_the_model_finds_most_likely_is_greedy():
+    model = build(pair_config(gemma_stack()))
+    logits = model(torch.tensor([[5, 6]]), None, torch.tensor([[2]])).logits[0, -1]
+    best, other = logits.argmax().item(), logits.argmin().item()
+    found = score_targets(model, [[5, 6]] * 3, [[2]] * 3, [[best], [other], [best, other]])
+    assert [score.is_greedy for score in found][:2] == [True, False]
+
+
+def test_the_last_token_of_a_target_needs_no_position():
+    """A decoder with 64 positions predicts 64 tokens behind its start token."""
+    model = build(pair_config(gemma_stack()))
+    assert len(score_targets(model, [[5]], [[2]], [[7] * 64])[0].logprobs) == 64
+    with pytest.raises(ValueError, match="max_position_embeddings of 64"):
+        score_targets(model, [[5]], [[2]], [[7] * 65])
+    with pytest.raises(ValueError, match="token ids from 40 to 40"):
+        score_targets(model, [[5]], [[2]], [[7, 40]])
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from twofold.infer.limits import check_inputs, check_source
+from twofold.infer.limits import check_ids, check_inputs, check_source
 from twofold.infer.padding import padded
 from twofold.models import EncoderDecoder
 
@@ -31,6 +31,8 @@ class Score:
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
     """Natural logarithm, one per token of the target."""
+    is_greedy: bool
+    """Each of these tokens is the most likely one in its place."""
 
     @property
     def total(self) -> float:
@@ -38,7 +40,6 @@ class Score:
         return sum(self.logprobs)
 
 
-@torch.no_grad()
 def score_targets(
     model: EncoderDecoder,
     sources: Sequence[Sequence[int]],
@@ -50,37 +51,54 @@ def score_targets(
     Raises:
         ValueError: an empty target, ids outside the vocabulary, or too many tokens for the model.
     """
-    for i, (source, prefix, target) in enumerate(zip(sources, prefixes, targets, strict=True)):
-        if len(target) == 0:
-            raise ValueError(f"target {i} is empty, so it has no likelihood; leave it out")
-        check_inputs(model.config, source, (*prefix, *target), 0, name=f"target {i}")
-    device = model.lm_head.out_proj.weight.device
-    scores: dict[int, Score] = {}
-    lengths = [
-        len(source) + len(prefix) + len(target)
-        for source, prefix, target in zip(sources, prefixes, targets, strict=True)
-    ]
-    for rows in _batches(lengths):
-        encoded = model.encode(*padded([sources[i] for i in rows], "right", device))
-        inputs = [(*prefixes[i], *targets[i][:-1]) for i in rows]
-        decoder_ids, decoder_mask = padded(inputs, "right", device)
-        x_BTD, _ = model.decoder(decoder_ids, decoder_mask.long(), encoded)
-        for x_TD, i in zip(x_BTD, rows, strict=True):
-            first = len(prefixes[i]) - 1
-            logprobs = _of_targets(model, x_TD[first : first + len(targets[i])], targets[i])
-            scores[i] = Score(tuple(targets[i]), tuple(logprobs))
+    scores = dict(iter_scores(model, sources, prefixes, targets))
     return [scores[i] for i in range(len(sources))]
 
 
-def _of_targets(model: EncoderDecoder, x_TD: Tensor, target: Sequence[int]) -> list[float]:
-    """Log-probability of each target token, given what the head reads in the place before it."""
+@torch.no_grad()
+def iter_scores(
+    model: EncoderDecoder,
+    sources: Sequence[Sequence[int]],
+    prefixes: Sequence[Sequence[int]],
+    targets: Sequence[Sequence[int]],
+) -> Iterator[tuple[int, Score]]:
+    """`score_targets` batch by batch: row numbers and their scores, in the order in which they are computed.
+
+    A source that several rows share is encoded once for those of them in the same batch. Errors as there, before
+    anything is computed.
+    """
+    for i, (source, prefix, target) in enumerate(zip(sources, prefixes, targets, strict=True)):
+        if len(target) == 0:
+            raise ValueError(f"target {i} is empty, so it has no likelihood; leave it out")
+        # The last token is predicted, and never read: it needs no position.
+        check_inputs(model.config, source, (*prefix, *target[:-1]), 0, name=f"target {i}")
+        check_ids(model.config, target[-1:], f"target {i}")
+    device = model.lm_head.out_proj.weight.device
+    keys = [tuple(source) for source in sources]
+    inputs = [(*prefix, *target[:-1]) for prefix, target in zip(prefixes, targets, strict=True)]
+    for rows in _batches_by_source(keys, [len(ids) for ids in inputs]):
+        number = {key: n for n, key in enumerate(dict.fromkeys(keys[i] for i in rows))}
+        encoded = model.encode(*padded(list(number), "right", device))
+        if len(number) < len(rows):
+            encoded = encoded.select(torch.tensor([number[keys[i]] for i in rows], device=device))
+        decoder_ids, decoder_mask = padded([inputs[i] for i in rows], "right", device)
+        x_BTD, _ = model.decoder(decoder_ids, decoder_mask.long(), encoded)
+        for x_TD, i in zip(x_BTD, rows, strict=True):
+            first = len(prefixes[i]) - 1
+            yield i, _of_target(model, x_TD[first : first + len(targets[i])], targets[i])
+
+
+def _of_target(model: EncoderDecoder, x_TD: Tensor, target: Sequence[int]) -> Score:
+    """From what the head reads in the place before each target token."""
     labels = torch.tensor(target, device=x_TD.device)
     found: list[float] = []
+    is_greedy = True
     for start in range(0, len(target), _HEAD_TOKENS):
         x_PD, labels_P = x_TD[start : start + _HEAD_TOKENS], labels[start : start + _HEAD_TOKENS]
         logprobs_PV = model.lm_head(x_PD[None])[0].log_softmax(dim=-1)
         found += logprobs_PV.gather(1, labels_P[:, None])[:, 0].tolist()
-    return found
+        is_greedy = is_greedy and bool((logprobs_PV.argmax(dim=-1) == labels_P).all())
+    return Score(tuple(target), tuple(found), is_greedy)
 
 
 @torch.no_grad()
@@ -116,3 +134,24 @@ def _batches(lengths: Sequence[int]) -> Iterator[list[int]]:
             group = []
         group.append(i)
     yield group
+
+
+def _batches_by_source(
+    sources: Sequence[tuple[int, ...]], decoder_lengths: Sequence[int]
+) -> Iterator[list[int]]:
+    """Row numbers in groups of similar length, in which those of one source stand together."""
+    together: dict[tuple[int, ...], list[int]] = {}
+    for i, source in enumerate(sources):
+        together.setdefault(source, []).append(i)
+    longest = {source: max(decoder_lengths[i] for i in rows) for source, rows in together.items()}
+    group: list[int] = []
+    most_source = most_decoder = 0
+    for source in sorted(together, key=lambda source: (len(source) + longest[source], len(source))):
+        for i in sorted(together[source], key=lambda i: decoder_lengths[i]):
+            most_source, most_decoder = max(most_source, len(source)), max(most_decoder, decoder_lengths[i])
+            if group and (len(group) + 1) * (most_source + most_decoder) > _MAX_TOKENS:
+                yield group
+                group, most_source, most_decoder = [], len(source), decoder_lengths[i]
+            group.append(i)
+    if group:
+        yield group

@@ -24,7 +24,7 @@ def check_inputs(
     """
     if len(prefix) == 0:
         raise ValueError(f"{name} has an empty decoder prefix; it needs at least a start token")
-    _check_ids(config, (*source, *prefix), name)
+    check_ids(config, (*source, *prefix), name)
     before = len(prefix) + (len(source) if config.decoder_positions == "continue" else 0)
     limit = config.decoder.max_position_embeddings
     if before + n_new > limit:
@@ -37,7 +37,7 @@ def check_inputs(
 
 def check_source(config: EncoderDecoderConfig, source: Sequence[int], *, name: str) -> None:
     """The same for the encoder alone."""
-    _check_ids(config, source, name)
+    check_ids(config, source, name)
     if len(source) > config.encoder.max_position_embeddings:
         raise ValueError(
             f"{name}: source of {len(source)} tokens is longer than the encoder's max_position_embeddings "
@@ -45,7 +45,8 @@ def check_source(config: EncoderDecoderConfig, source: Sequence[int], *, name: s
         )
 
 
-def _check_ids(config: EncoderDecoderConfig, ids: Sequence[int], name: str) -> None:
+def check_ids(config: EncoderDecoderConfig, ids: Sequence[int], name: str) -> None:
+    """Refuse ids outside the vocabulary with a ValueError."""
     if ids and (min(ids) < 0 or max(ids) >= config.decoder.vocab_size):
         raise ValueError(
             f"{name} has token ids from {min(ids)} to {max(ids)}; the vocabulary is 0 to "
