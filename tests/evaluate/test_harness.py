@@ -231,7 +231,8 @@ def test_a_template_without_system_messages(text_model, byte_tokenizer):
         chat_template=template + byte_tokenizer.chat_template,
     )
     lm = lm_of(model, chat=True)
-    prompt = lm.apply_chat_template(CHAT)
+    with pytest.warns(UserWarning, match="takes no system message"):
+        prompt = lm.apply_chat_template(CHAT)
     assert prompt == "<|im_start|>user\nIs it blue?<|im_end|>\n<|im_start|>assistant\n"
     assert isinstance(prompt, ChatPrompt)
     assert prompt.messages == CHAT[1:]

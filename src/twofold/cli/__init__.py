@@ -9,7 +9,7 @@ import warnings
 
 import typer
 
-from twofold.cli import adapt, average, bench, export, frontier, generate, inspect, plan, train
+from twofold.cli import adapt, average, bench, eval, export, frontier, generate, inspect, plan, train
 from twofold.cli.console import fail, is_main, note
 from twofold.train import CheckpointError, NonFiniteError, OtherRankError
 
@@ -29,6 +29,7 @@ app.command("average")(average.average_command)
 app.command("export")(export.export_command)
 app.command("bench")(bench.bench_command)
 app.command("frontier")(frontier.frontier_command)
+app.command("eval")(eval.eval_command)
 
 
 def main() -> None:

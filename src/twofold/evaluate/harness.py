@@ -7,7 +7,7 @@ and `TwofoldLM`.
 
 from __future__ import annotations
 
-import logging
+import warnings
 import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
@@ -34,8 +34,6 @@ try:
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 except ImportError as error:
     raise ImportError("evaluation needs the package lm_eval; pip install 'twofold[eval]'") from error
-
-_log = logging.getLogger(__name__)
 
 MAX_GEN_TOKENS = 256
 """Of an answer, where the task does not say; the harness's own number."""
@@ -189,7 +187,9 @@ class TwofoldLM(TemplateLM):  # type: ignore[misc]
             if len(kept) == len(chat_history):
                 raise
             if not self._dropped_system:
-                _log.warning("the chat template takes no system message: task descriptions are left out")
+                warnings.warn(
+                    "the chat template takes no system message: task descriptions are left out", stacklevel=2
+                )
                 self._dropped_system = True
             return ChatPrompt(render(kept), kept)
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import os
 import platform
 import re
 import shlex
 import sys
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
@@ -29,8 +29,6 @@ from twofold.infer.journal import fingerprint
 
 if TYPE_CHECKING:
     from twofold.evaluate.harness import TwofoldLM
-
-_log = logging.getLogger(__name__)
 
 _CACHE_FORMAT = 1
 """Goes up when the same request would get another answer."""
@@ -114,10 +112,11 @@ def evaluate(
     scores = {name: _result(name, results, loaded["tasks"], lm) for name in _reported(loaded, results)}
     for name, score in scores.items():
         if score.n_truncated:
-            _log.warning(
-                "%s: %d of %d examples are longer than the model can read (%d tokens) and lost their beginning",
-                name, score.n_truncated, score.n, lm.max_length,
-            )  # fmt: skip
+            warnings.warn(
+                f"{name}: {score.n_truncated} of {score.n} examples are longer than the model can read "
+                f"({lm.max_length} tokens) and lost their beginning",
+                stacklevel=2,
+            )
     config = contender.model.config
     return Evaluation(
         model=contender.name,
