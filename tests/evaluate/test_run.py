@@ -238,6 +238,13 @@ def test_what_cannot_be_run(text_model, byte_tokenizer):
             ValueError, match=r"task colours, example 1 cannot be used: .*'question': 'Grass is'"
         ):
             run(model, [colours(docs=docs)])
+    with pytest.raises(ValueError, match="limit must be at least 1 example, got 0"):
+        run(model, [colours()], limit=0)
+    writes_programs = colours()
+    writes_programs.UNSAFE_CODE = True
+    with pytest.raises(ValueError, match="colours would run programs that the model wrote"):
+        run(model, [writes_programs])
+    assert run(model, [writes_programs], run_code=True).tasks["colours"].n == 5
     with pytest.raises(ValueError, match="list of at least one task"):
         run(model, [])
     with pytest.raises(ValueError, match="list of at least one task, got 'colours'"):

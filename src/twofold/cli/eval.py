@@ -63,6 +63,10 @@ def eval_command(
             help="Folder that keeps answers as they come; run again, an interrupted evaluation goes on."
         ),
     ] = None,
+    run_code: Annotated[
+        bool,
+        typer.Option("--run-code", help="Allow tasks that run programs the model wrote, on this machine."),
+    ] = False,
     out_file: Annotated[Path | None, typer.Option("--out", "-o", help="JSON file of results.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace OUT.")] = False,
     name: Annotated[str | None, typer.Option(help="In tables; default: the last part of MODEL.")] = None,
@@ -127,6 +131,7 @@ def eval_command(
             threads=threads,
             batch_size=batch,
             cache=cache,
+            run_code=run_code,
             show_progress=True,
         )
         if out_file is not None:

@@ -53,6 +53,7 @@ def evaluate(
     threads: int | None = None,
     batch_size: int = 8,
     cache: Path | None = None,
+    run_code: bool = False,
     command: str | None = None,
     show_progress: bool = False,
 ) -> Evaluation:
@@ -70,6 +71,7 @@ def evaluate(
         backend, precision, threads, batch_size: see `TwofoldLM`.
         cache: folder in which answers are kept as they come. An evaluation that was interrupted asks the model for the
             rest only; another model, or another setting that changes answers, does not find them.
+        run_code: allow tasks that run programs which the model wrote, on this machine.
         command: noted in the result. Default: the command line of this process.
         show_progress: bars on stderr.
 
@@ -77,8 +79,9 @@ def evaluate(
         One result for each task. A group's subtasks are one result, weighted as the harness weights them.
 
     Raises:
-        ValueError: no task, an unknown one, an example that is broken (the message names task and example), a model
-            without tokenizer or, with `chat`, without chat template.
+        ValueError: no task, an unknown one, a limit below 1, a task that would run code unasked, an example that is
+            broken (the message names task and example), a model without tokenizer or, with `chat`, without chat
+            template.
         ImportError: the extra `eval` is missing.
     """
     from twofold.evaluate.harness import TwofoldLM
@@ -86,6 +89,8 @@ def evaluate(
     started = time.perf_counter()
     if not tasks or isinstance(tasks, str):
         raise ValueError(f"tasks must be a list of at least one task, got {tasks!r}")
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit must be at least 1 example, got {limit}; leave it out for all")
     parameters = sum(parameter.numel() for parameter in contender.model.parameters())
     answers_depend_on = {
         "backend": backend,
@@ -107,8 +112,22 @@ def evaluate(
     )
     given = [task if isinstance(task, str) else _name_of(task) for task in tasks]
     loaded = _loaded(tasks, data)
+    writing_code = [name for name, task in loaded["tasks"].items() if getattr(task, "UNSAFE_CODE", False)]
+    if writing_code and not run_code:
+        raise ValueError(
+            f"{', '.join(writing_code)} would run programs that the model wrote on this machine; allow it with "
+            "run_code (--run-code), or leave them out"
+        )
     _check_examples(loaded["tasks"], limit)
-    results = _ask(lm, loaded, limit=limit, num_fewshot=num_fewshot, use_cache=file, apply_chat_template=chat)
+    results = _ask(
+        lm,
+        loaded,
+        limit=limit,
+        num_fewshot=num_fewshot,
+        use_cache=file,
+        apply_chat_template=chat,
+        confirm_run_unsafe_code=run_code,
+    )
     scores = {name: _result(name, results, loaded["tasks"], lm) for name in _reported(loaded, results)}
     for name, score in scores.items():
         if score.n_truncated:
