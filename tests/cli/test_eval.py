@@ -91,8 +91,9 @@ def test_superglue_is_a_protocol_of_its_own(here, run, monkeypatch):
         "eval", here / "tiny", "--tasks", "colours", "-o", here / "before.json", "--limit", 1
     )
     assert status == 0, err
-    monkeypatch.setitem(sys.modules, "twofold.evaluate.superglue", SimpleNamespace(run=protocol))
-    monkeypatch.setattr("twofold.evaluate.superglue", SimpleNamespace(run=protocol), raising=False)
+    stand_in = SimpleNamespace(run=protocol, TASKS={"rte": None})
+    monkeypatch.setitem(sys.modules, "twofold.evaluate.superglue", stand_in)
+    monkeypatch.setattr("twofold.evaluate.superglue", stand_in, raising=False)
     out = here / "glue.json"
     status, printed, err = run(
         "eval", here / "tiny", "--superglue", "--tasks", "rte,cb", "--limit", 4, "-o", out

@@ -1,6 +1,8 @@
 """The adapter against the harness's own Hugging Face backend, and against hand-computed log-probabilities."""
 
 import copy
+import importlib
+import sys
 
 import pytest
 import torch
@@ -69,6 +71,8 @@ def test_a_decoder_only_model_gets_the_numbers_of_the_hf_backend(name, donors, h
     assert ours.max_length == theirs.max_length == 96
     asked = requests("loglikelihood", DONOR_PAIRS)
     assert_answers_agree(ours.loglikelihood(asked), theirs.loglikelihood(asked))
+    tokens = [(None, [tokenizer.bos_token_id, *range(40, 60)], [5, 6, 7])]
+    assert_answers_agree(ours._loglikelihood_tokens(tokens), theirs._loglikelihood_tokens(tokens))
     texts = requests("loglikelihood_rolling", TEXTS)
     assert ours.loglikelihood_rolling(texts) == pytest.approx(theirs.loglikelihood_rolling(texts), rel=1e-5)
     asked = requests("generate_until", ASKED)
@@ -289,3 +293,10 @@ def test_usage_counts_what_did_not_fit(text_model):
     assert lm.usage("loglikelihood", ("a" * 300, "de")) == Usage(255, 2, 45)
     assert lm.usage("generate_until", ("a" * 300, {"max_gen_toks": 56}), ["four"]) == Usage(200, 4, 100)
     assert lm.usage("loglikelihood_rolling", ("abc",)) == Usage(1, 3, 0)
+
+
+def test_without_the_harness_the_message_names_the_extra(monkeypatch):
+    monkeypatch.delitem(sys.modules, "twofold.evaluate.harness")
+    monkeypatch.setitem(sys.modules, "lm_eval.api.model", None)
+    with pytest.raises(ImportError, match=r"lm_eval; pip install 'twofold\[eval\]'"):
+        importlib.import_module("twofold.evaluate.harness")

@@ -114,9 +114,16 @@ def eval_command(
         from twofold.evaluate import superglue as protocol
 
         assert out_file is not None
-        chosen = {"tasks": names} if names else {}
-        limits = {"limit_train": limit, "limit_dev": limit}
-        result = protocol.run(contender, out=out_file, data=data, resume=resume, say=note, **limits, **chosen)
+        result = protocol.run(
+            contender,
+            out=out_file,
+            tasks=names or tuple(protocol.TASKS),
+            data=data,
+            limit_train=limit,
+            limit_dev=limit,
+            resume=resume,
+            say=note,
+        )
     else:
         result = evaluate(
             contender,

@@ -10,10 +10,10 @@ from __future__ import annotations
 import warnings
 import zlib
 from collections import Counter, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from jinja2 import TemplateError
@@ -35,6 +35,8 @@ try:
 except ImportError as error:
     raise ImportError("evaluation needs the package lm_eval; pip install 'twofold[eval]'") from error
 
+T = TypeVar("T")
+
 MAX_GEN_TOKENS = 256
 """Of an answer, where the task does not say; the harness's own number."""
 
@@ -49,7 +51,7 @@ class Usage:
     """Tokens of one request."""
 
     source: int
-    """Read before the first that is scored or written; the context, for all windows of a whole text together."""
+    """Read before the first that is scored or written; of a whole text, what stands before its first window."""
     target: int
     """Scored or written."""
     n_cut: int
@@ -65,8 +67,8 @@ class TwofoldLM(TemplateLM):  # type: ignore[misc]
     both parts are tokenised apart, as the harness does for encoder-decoders, and trailing spaces of the context belong
     to the continuation.
 
-    An empty context is one BOS (or end token, without BOS) for the encoder. Whole texts: see `Inputs.windows`. Their
-    sums are comparable between decoder-only models alone.
+    An empty context is one BOS, or the end token where the tokenizer has no BOS. Whole texts: see `Inputs.windows`.
+    Their sums are comparable between decoder-only models alone.
 
     Contexts that are too long lose their first tokens; `usage` tells how many.
 
@@ -105,6 +107,8 @@ class TwofoldLM(TemplateLM):  # type: ignore[misc]
             )
         if chat:
             self._refuse_without_template(contender.path)
+        if threads is not None:
+            torch.set_num_threads(threads)  # for likelihoods, as the engine does for answers
         self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if precision == "float32" or precision == "bfloat16":
             model.to(getattr(torch, precision))
@@ -200,7 +204,7 @@ class TwofoldLM(TemplateLM):  # type: ignore[misc]
             ValueError: naming task and example, before anything is computed.
         """
         rows = [self._checked(request, lambda args: self.row(*args)) for request in requests]
-        return self._scores(rows, [("loglikelihood", request.args) for request in requests])
+        return self._scores(rows, [request.args for request in requests])
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
         """The log-likelihood of each whole text. Errors as in `loglikelihood`."""
@@ -294,22 +298,22 @@ class TwofoldLM(TemplateLM):  # type: ignore[misc]
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[tuple[str, str] | None, list[int], list[int]]], **_: Any
     ) -> list[tuple[float, bool]]:
-        """For callers of the harness that bring token ids."""
+        """For callers of the harness that bring token ids. A context that lacks the BOS of the convention gets it."""
         rows = [self.inputs.scored("", "", context, target) for _, context, target in requests]
-        return self._scores(rows, [("loglikelihood", args) for args, *_ in requests])
+        return self._scores(rows, [args for args, *_ in requests])
 
     def _scores(
-        self, rows: Sequence[Row], keys: Sequence[tuple[str, tuple[str, str] | None]]
+        self, rows: Sequence[Row], args: Sequence[tuple[str, str] | None]
     ) -> list[tuple[float, bool]]:
         found: dict[int, tuple[float, bool]] = {}
         for i, answer in self._each(rows, "likelihoods"):
             found[i] = answer
-            name, args = keys[i]
-            if args is not None:
-                self.cache_hook.add_partial(name, args, answer)
+            key = args[i]
+            if key is not None:
+                self.cache_hook.add_partial("loglikelihood", key, answer)
         return [found[i] for i in range(len(rows))]
 
-    def _each(self, rows: Sequence[Row], name: str) -> Any:
+    def _each(self, rows: Sequence[Row], name: str) -> Iterator[tuple[int, tuple[float, bool]]]:
         """Numbers of rows with (log-likelihood, is greedy), as they are computed."""
         scores = iter_scores(
             self.model,
@@ -340,7 +344,7 @@ class TwofoldLM(TemplateLM):  # type: ignore[misc]
         sampling = options.pop("sampling").model_copy(update={"seed": seed})
         return Request(source_ids=row.source, prefix_ids=row.prefix, sampling=sampling, **options)
 
-    def _checked(self, request: Any, make: Callable[[tuple[Any, ...]], Any]) -> Any:
+    def _checked(self, request: Any, make: Callable[[tuple[Any, ...]], T]) -> T:
         """What `make` makes of a request's arguments; errors name the request."""
         try:
             return make(request.args)
