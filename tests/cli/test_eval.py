@@ -9,6 +9,7 @@ import pytest
 import twofold
 from twofold.cli import eval as eval_cli
 from twofold.evaluate import Evaluation
+from twofold.evaluate.superglue import Grid, Tuning
 
 LINES = [
     {"question": "The sky is", "choices": ["blue", "green"], "answer": 0},
@@ -91,18 +92,20 @@ def test_superglue_is_a_protocol_of_its_own(here, run, monkeypatch):
         "eval", here / "tiny", "--tasks", "colours", "-o", here / "before.json", "--limit", 1
     )
     assert status == 0, err
-    stand_in = SimpleNamespace(run=protocol, TASKS={"rte": None})
+    stand_in = SimpleNamespace(run=protocol, TASKS={"rte": None}, Grid=Grid, Tuning=Tuning)
     monkeypatch.setitem(sys.modules, "twofold.evaluate.superglue", stand_in)
     monkeypatch.setattr("twofold.evaluate.superglue", stand_in, raising=False)
     out = here / "glue.json"
     status, printed, err = run(
-        "eval", here / "tiny", "--superglue", "--tasks", "rte,cb", "--limit", 4, "-o", out
-    )
+        "eval", here / "tiny", "--superglue", "--tasks", "rte,cb", "--limit", 4, "-o", out, "--limit-train", 8,
+        "--grid", "lr=1e-5 batch=2 dropout=0", "--epochs", 3, "--precision", "bfloat16",
+    )  # fmt: skip
     assert status == 0, err
     assert seen.pop("say")
     assert seen == {
-        "model": "tiny", "out": out, "data": None, "resume": False, "limit_train": 4, "limit_dev": 4,
-        "tasks": ["rte", "cb"],
+        "model": "tiny", "out": out, "data": None, "resume": False, "limit_train": 8, "limit_dev": 4,
+        "tasks": ["rte", "cb"], "grid": Grid(learning_rates=(1e-5,), batch_sizes=(2,), dropout_rates=(0.0,)),
+        "tuning": Tuning(epochs=3, precision="bfloat16"),
     }  # fmt: skip
     assert "colours" in printed
 
@@ -116,6 +119,7 @@ def test_what_cannot_be_asked(here, run):
         (("--tasks", "colours", "--backend", "onnx"), "--backend takes auto, torch, openvino"),
         (("--tasks", "colours", "--resume"), "--resume is for --superglue"),
         (("--superglue",), "give it a file with --out"),
+        (("--tasks", "colours", "--epochs", 3), "--epochs is for --superglue"),
     ]:
         status, _, err = run("eval", model, *arguments)
         assert status == 2

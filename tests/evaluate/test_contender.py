@@ -26,9 +26,9 @@ LOSSLESS = {
 @torch.no_grad()
 def test_a_decoder_only_model_is_itself(family, tmp_path):
     donor = hf.donor(hf.DONOR_CONFIGS[family]).eval()
-    donor.save_pretrained(tmp_path / "donor")
-    found = open_contender(tmp_path / "donor", name="small")
-    assert (found.name, found.kind) == ("small", "decoder-only")
+    donor.save_pretrained(tmp_path / "small-3.2")
+    found = open_contender(tmp_path / "small-3.2")
+    assert (found.name, found.kind) == ("small-3.2", "decoder-only")
     ids = random_ids(2, 12)
     wanted = donor(ids).logits[:, 6:]
     logits = found.model(ids[:, :6], None, ids[:, 6:]).logits

@@ -185,6 +185,17 @@ def test_which_tasks():
         frontier(models, {})
 
 
+def test_less_is_better_has_no_place_in_the_mean():
+    models, _, _ = two_models()
+    for n, model in enumerate(models):
+        bits = replace(model.tasks["a"], task="a", metric="bits_per_byte", higher_is_better=False)
+        models[n] = replace(model, tasks=model.tasks | {"a": bits})
+    found = frontier(models, {})
+    assert (found.tasks, found.left_out) == (("b",), ("a",))
+    with pytest.raises(ValueError, match="less is better on a, so"):
+        frontier(models, {}, tasks=["a", "b"])
+
+
 def test_names():
     models, _, _ = two_models()
     with pytest.raises(ValueError, match="no model is named 'nobody'; the baseline is one of stack, pair"):

@@ -116,6 +116,9 @@ def test_scores_are_those_of_the_harness_with_its_own_backend(donors, hflm, cont
     assert found.tasks["echo"].value == theirs["echo"]["exact_match,none"]
     score = found.tasks["texts"]
     assert (score.metric, score.values) == ("bits_per_byte", ())
+    assert {name: task.higher_is_better for name, task in found.tasks.items()} == {
+        "colours": True, "echo": True, "texts": False,
+    }  # fmt: skip
     assert score.value == pytest.approx(theirs["texts"]["bits_per_byte,none"], rel=1e-5)
     assert (found.model, found.kind, found.command) == ("llama", "decoder-only", "a command")
     assert found.parameters == sum(p.numel() for p in model.parameters())

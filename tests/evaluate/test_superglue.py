@@ -145,7 +145,7 @@ def same(found: Evaluation) -> dict:
     return {
         "tasks": found.tasks,
         "settings": settings,
-        "rest": replace(found, tasks={}, settings={}, seconds=0.0),
+        "rest": replace(found, tasks={}, settings={}, seconds=0.0, date=""),
     }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, cast
+from typing import Annotated, Literal, cast
 
 import torch
 import typer
@@ -78,6 +78,19 @@ def eval_command(
             "or those of --tasks. Needs OUT.",
         ),
     ] = False,
+    grid: Annotated[
+        str | None,
+        typer.Option(
+            help="With --superglue: what is tried, such as 'lr=1e-5,3e-5 batch=16,32 dropout=0,0.1'. The best by dev "
+            "accuracy counts."
+        ),
+    ] = None,
+    epochs: Annotated[
+        int | None, typer.Option(help="With --superglue: passes over the training examples; default: 5.")
+    ] = None,
+    limit_train: Annotated[
+        int | None, typer.Option(help="With --superglue: training examples of each task.")
+    ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="With --superglue: go on with the cells that OUT has.")
     ] = False,
@@ -100,6 +113,9 @@ def eval_command(
         raise ValueError(f"no task: name some with --tasks, or a list with --suite ({', '.join(SUITES)})")
     if resume and not superglue:
         raise ValueError("--resume is for --superglue; an evaluation goes on by itself from its --cache")
+    given = {"--grid": grid, "--epochs": epochs, "--limit-train": limit_train}
+    if not superglue and (without_effect := [option for option, value in given.items() if value is not None]):
+        raise ValueError(f"{', '.join(without_effect)} is for --superglue; leave it out")
     if superglue and out_file is None:
         raise ValueError("--superglue keeps finished cells beside its results; give it a file with --out")
     precision = _chosen(precision, PRECISIONS, "--precision")
@@ -107,19 +123,26 @@ def eval_command(
     if out_file is not None and out_file.exists() and not (force or resume):
         raise FileExistsError(f"{out_file} exists; choose another name, or replace it with --force")
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
+    dtype = torch.bfloat16 if precision == "bfloat16" and not superglue else torch.float32
     contender = open_contender(model, name=name, dtype=dtype, skip_vision=skip_vision)
     note(f"evaluating {contender.name} ({contender.kind}) on {', '.join(names) or 'SuperGLUE'}")
     if superglue:
         from twofold.evaluate import superglue as protocol
 
         assert out_file is not None
+        if precision not in ("float32", "bfloat16"):
+            raise ValueError(f"--superglue tunes in float32 or bfloat16, got {precision!r}")
         result = protocol.run(
             contender,
             out=out_file,
             tasks=names or tuple(protocol.TASKS),
             data=data,
-            limit_train=limit,
+            grid=None if grid is None else protocol.Grid.parse(grid),
+            tuning=protocol.Tuning(
+                precision=cast(Literal["float32", "bfloat16"], precision),
+                **({} if epochs is None else {"epochs": epochs}),
+            ),
+            limit_train=limit_train,
             limit_dev=limit,
             resume=resume,
             say=note,

@@ -21,10 +21,11 @@ def shared_tasks(evaluations: Sequence[Evaluation], only: Iterable[str] | None =
 
     Args:
         evaluations: at least one.
-        only: these tasks alone, in this order.
+        only: these tasks alone, in this order. Default: all but those where less is better, which have no place in a
+            mean of scores.
 
     Raises:
-        ValueError: there are none, or a task of `only` is missing somewhere.
+        ValueError: there are none, or a task of `only` is missing somewhere or is one where less is better.
     """
     if only is not None:
         chosen = tuple(dict.fromkeys(only))
@@ -35,9 +36,19 @@ def shared_tasks(evaluations: Sequence[Evaluation], only: Iterable[str] | None =
                     f"{evaluation.model} was not evaluated on {', '.join(missing)}; it has "
                     f"{', '.join(evaluation.tasks) or 'no task'}"
                 )
+            worse = [task for task in chosen if not evaluation.tasks[task].higher_is_better]
+            if worse:
+                raise ValueError(
+                    f"less is better on {', '.join(worse)}, so they have no place in a mean of scores; leave them out, "
+                    "and see them with `twofold eval`"
+                )
         return chosen
     first, *others = evaluations
-    tasks = tuple(task for task in first.tasks if all(task in other.tasks for other in others))
+    tasks = tuple(
+        task
+        for task, result in first.tasks.items()
+        if result.higher_is_better and all(task in other.tasks for other in others)
+    )
     if not tasks:
         have = "; ".join(f"{e.model}: {', '.join(e.tasks) or 'none'}" for e in evaluations)
         raise ValueError(

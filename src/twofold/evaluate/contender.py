@@ -72,7 +72,7 @@ def open_contender(
     else:
         model = load(path_or_name, dtype=dtype, skip_vision=skip_vision)
     return Contender(
-        name=name or Path(path_or_name).stem,
+        name=name or Path(path_or_name).name.removesuffix(".gguf"),
         path=str(path_or_name),
         kind=kind_of(model.config),
         model=model.eval(),

@@ -85,7 +85,7 @@ class Frontier:
     tasks: tuple[str, ...]
     """That all models have, in the first one's order."""
     left_out: tuple[str, ...]
-    """Tasks that only some have."""
+    """Tasks that only some have, or where less is better."""
     baseline: str
     reference: Lengths
     is_at_reference: bool

@@ -27,7 +27,9 @@ class TaskResult:
     n: int
     """Examples."""
     scale: float = 1.0
-    """The metric's best value: 1, or 100 for ROUGE, BLEU and chrF."""
+    """The metric's best value: 1, or 100 for ROUGE, BLEU and chrF; of no meaning where less is better."""
+    higher_is_better: bool = True
+    """False: a perplexity, or bits."""
     values: tuple[float, ...] = ()
     """Of each example, in the task's order; empty where the metric is not a mean."""
     others: dict[str, float] = field(default_factory=dict)

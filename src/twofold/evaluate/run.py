@@ -4,23 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import platform
 import re
-import shlex
-import sys
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-import torch
-
+from twofold.evaluate import machine
 from twofold.evaluate.contender import Contender
 from twofold.evaluate.inputs import ROLLING_TOKENS
 from twofold.evaluate.results import Evaluation, TaskResult
@@ -36,7 +30,6 @@ _STANDS_FIRST = ("acc_norm", "acc", "exact_match", "f1")
 """Metrics that stand for a task of which nothing else is known; else its first."""
 _BOOTSTRAPS = 1000
 """For standard errors of metrics that are not means."""
-_PACKAGES = ("twofold", "torch", "transformers", "lm_eval", "datasets", "openvino")
 
 
 def evaluate(
@@ -158,9 +151,9 @@ def evaluate(
             "rolling_tokens": None if lm.inputs.goes_on else ROLLING_TOKENS,
             "task_versions": {name: results["versions"].get(name) for name in scores},
         },
-        versions=_versions(),
-        hardware=_hardware(lm.device),
-        command=shlex.join(sys.argv) if command is None else command,
+        versions=machine.versions(),
+        hardware=machine.hardware(lm.device),
+        command=machine.command() if command is None else command,
         date=datetime.now(UTC).isoformat(timespec="seconds"),
         seconds=time.perf_counter() - started,
     )
@@ -268,6 +261,7 @@ def _result(name: str, results: Mapping[str, Any], tasks: Mapping[str, Any], lm:
         error=float(error) if isinstance(error, (int, float)) else None,
         n=len({(leaf, doc) for leaf, doc, _ in usages}),
         scale=scale,
+        higher_is_better=all(tasks[leaf].higher_is_better().get(score, True) for leaf in leaves),
         values=values if is_mean else (),
         others={key.removesuffix(",none"): value for key, value in metrics.items() if key != metric},
         n_truncated=len({(leaf, doc) for (leaf, doc, _), usage in usages.items() if usage.n_cut}),
@@ -319,30 +313,3 @@ def _cache_file(folder: Path, contender: Contender, settings: Mapping[str, Any])
     digest = hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:16]
     folder.mkdir(parents=True, exist_ok=True)
     return str(folder / f"{re.sub(r'[^A-Za-z0-9._-]+', '-', contender.name)}-{digest}")
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for name in _PACKAGES:
-        with suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found
-
-
-def _hardware(device: torch.device) -> dict[str, Any]:
-    found: dict[str, Any] = {
-        "processor": _processor(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "device": str(device),
-    }
-    if device.type == "cuda":
-        found["gpu"] = torch.cuda.get_device_name(device)
-    return found
-
-
-def _processor() -> str:
-    file = Path("/proc/cpuinfo")
-    lines = file.read_text().splitlines() if file.exists() else []
-    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())

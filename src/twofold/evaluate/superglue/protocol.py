@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import platform
-import shlex
-import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
 import torch
 
+from twofold.evaluate import machine
 from twofold.evaluate.contender import Contender, open_contender
 from twofold.evaluate.results import Evaluation, TaskResult
 from twofold.evaluate.superglue.cells import Cell, CellFile, Grid
@@ -149,10 +145,10 @@ def _evaluation(
             "mean_accuracy": fmean(result.value for result in results.values()),
             "mean_over": list(best),
         },
-        versions={name: version(name) for name in ("twofold", "torch", "transformers")},
-        hardware=_hardware(place),
-        command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        date=datetime.now(UTC).strftime("%Y-%m-%d"),
+        versions=machine.versions(),
+        hardware=machine.hardware(place),
+        command=machine.command(),
+        date=datetime.now(UTC).isoformat(timespec="seconds"),
         seconds=sum(cell.seconds for found in of_task.values() for cell in found),
     )
 
@@ -248,13 +244,3 @@ def _cell(
 def _correct(ready: Ready, answers: Sequence[int]) -> list[float]:
     """1 for each dev example that was answered with its label, else 0."""
     return [float(answer == one.label) for answer, one in zip(answers, ready.dev, strict=True)]
-
-
-def _hardware(place: torch.device) -> dict[str, Any]:
-    found: dict[str, Any] = {
-        "machine": platform.machine(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "device": place.type,
-    }
-    return found | ({"gpu": torch.cuda.get_device_name(place)} if place.type == "cuda" else {})
