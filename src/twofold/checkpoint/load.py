@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
 from twofold.checkpoint.resolve import Checkpoint, resolve
 from twofold.checkpoint.tensors import TensorSource
 from twofold.config import EncoderDecoderConfig
-from twofold.models import EncoderDecoder
+from twofold.models import EncoderDecoder, EncoderModel
 from twofold.models.families import DONORS, PAIRS, PairFamily
+
+Kind = TypeVar("Kind", bound=EncoderModel)
 
 
 def load(
@@ -36,9 +39,30 @@ def load(
         FileNotFoundError: nothing is there.
     """
     checkpoint = resolve(path_or_name)
+    if checkpoint.config.get("architectures") == ["RewardModel"]:
+        raise ValueError(
+            f"{checkpoint.name} is a reward model, which writes nothing; load it with "
+            "twofold.posttrain.reward.load_reward_model"
+        )
     config, family = read_config(checkpoint)
     with torch.device("meta"):
         model = EncoderDecoder(config)
+    return fill(model, checkpoint, family, dtype=dtype, device=device, skip_vision=skip_vision)
+
+
+def fill(
+    model: Kind,
+    checkpoint: Checkpoint,
+    family: PairFamily | None,
+    *,
+    dtype: torch.dtype | None,
+    device: str | torch.device,
+    skip_vision: bool = False,
+) -> Kind:
+    """Give a model on the meta device the weights and the tokenizer of a checkpoint; in eval mode.
+
+    Arguments and errors as for `load`; `family` as from `read_config`.
+    """
     with checkpoint.tensors() as source:
         found = match_tensors(model, source, family, skip_vision=skip_vision)
         # Copied: a tensor that stays in the file's memory map keeps all of that map for itself.
@@ -77,7 +101,7 @@ def read_config(checkpoint: Checkpoint) -> tuple[EncoderDecoderConfig, PairFamil
 
 
 def match_tensors(
-    model: EncoderDecoder, source: TensorSource, family: PairFamily | None, *, skip_vision: bool
+    model: EncoderModel, source: TensorSource, family: PairFamily | None, *, skip_vision: bool
 ) -> dict[str, str]:
     """For every parameter its tensor, and for every tensor a parameter; reads names and shapes only.
 

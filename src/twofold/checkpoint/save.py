@@ -57,15 +57,18 @@ class CheckpointWriter:
     ) -> None:
         self._stack.__exit__(kind, error, trace)
 
-    def write_config(self, config: EncoderDecoderConfig) -> None:
+    def write_config(self, config: EncoderDecoderConfig, architecture: str = "EncoderDecoder") -> None:
         """config.json, and generation_config.json where transformers reads it.
+
+        Args:
+            architecture: the class of the model, in twofold's own format.
 
         Raises:
             ValueError: the model is not one of the format's family; says why.
         """
         if self._format == "twofold":
             written = config.model_dump(mode="json")
-            written["architectures"] = ["EncoderDecoder"]
+            written["architectures"] = [architecture]
         else:
             written = PAIRS[self._format].write_config(config)
             tokens = {key: written[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}

@@ -55,11 +55,11 @@ class LMHead(nn.Module):
         return logits_BTV
 
 
-class EncoderDecoder(nn.Module):
-    """Two stacks, the way `config` says they meet, and a language-model head.
+class EncoderModel(nn.Module):
+    """What training and checkpoints need of a model with an encoder, whatever it writes or answers.
 
     Attributes:
-        config: what the model is.
+        config: what the pair is, or was, of which this is a part.
         tokenizer: a transformers tokenizer, or None; set by `twofold.load` and `twofold.adapt`.
         adaptation: what `twofold.adapt` did, tensor by tensor; None for a model that was loaded.
     """
@@ -69,6 +69,41 @@ class EncoderDecoder(nn.Module):
         self.config = config
         self.tokenizer: Any = None
         self.adaptation: dict[str, Any] | None = None
+
+    def tie_weights(self) -> None:
+        """Make one parameter of what `config` says is one; here nothing is."""
+
+    def set_encoder_mask(
+        self, mask: EncoderMask | Sequence[EncoderMask], *, future_share: float = 1.0
+    ) -> None:
+        """Change what encoder layers see, in the model and in its config.
+
+        Args:
+            mask: one for all layers, or one per layer.
+            future_share: see `EncoderDecoderConfig.encoder_future_share`.
+
+        Raises:
+            ValueError: not one per layer, or a share outside (0, 1].
+        """
+        masks = (mask,) * self.config.encoder.num_hidden_layers if isinstance(mask, str) else tuple(mask)
+        fields = self.config.model_dump() | {"encoder_mask": masks, "encoder_future_share": future_share}
+        self.config = EncoderDecoderConfig.model_validate(fields)
+        for module in self.modules():
+            if isinstance(module, Encoder):
+                module.layer_masks, module.future_share = masks, future_share
+
+    def set_attention_backend(self, backend: Backend) -> None:
+        """Use one backend (see `models.attention.attend`) in every attention module."""
+        for module in self.modules():
+            if isinstance(module, Attention):
+                module.backend = backend
+
+
+class EncoderDecoder(EncoderModel):
+    """Two stacks, the way `config` says they meet, and a language-model head."""
+
+    def __init__(self, config: EncoderDecoderConfig) -> None:
+        super().__init__(config)
         self.model = Stacks(config)
         self.lm_head = LMHead(config.decoder)
         self.tie_weights()
@@ -103,29 +138,6 @@ class EncoderDecoder(nn.Module):
                 self.decoder.embed_tokens.eoi_embedding = self.encoder.embed_tokens.eoi_embedding
         if self.config.tie_word_embeddings != "none":
             self.lm_head.out_proj.weight = self.decoder.embed_tokens.weight
-
-    def set_encoder_mask(
-        self, mask: EncoderMask | Sequence[EncoderMask], *, future_share: float = 1.0
-    ) -> None:
-        """Change what encoder layers see, in the model and in its config.
-
-        Args:
-            mask: one for all layers, or one per layer.
-            future_share: see `EncoderDecoderConfig.encoder_future_share`.
-
-        Raises:
-            ValueError: not one per layer, or a share outside (0, 1].
-        """
-        masks = (mask,) * self.config.encoder.num_hidden_layers if isinstance(mask, str) else tuple(mask)
-        fields = self.config.model_dump() | {"encoder_mask": masks, "encoder_future_share": future_share}
-        self.config = EncoderDecoderConfig.model_validate(fields)
-        self.encoder.layer_masks, self.encoder.future_share = masks, future_share
-
-    def set_attention_backend(self, backend: Backend) -> None:
-        """Use one backend (see `models.attention.attend`) in every attention module."""
-        for module in self.modules():
-            if isinstance(module, Attention):
-                module.backend = backend
 
     @torch.no_grad()
     def initialise_randomly(self, seed: int) -> None:

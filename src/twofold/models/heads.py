@@ -6,7 +6,7 @@ Letters: B batch, S source tokens, E encoder width, C labels.
 import torch
 from torch import Tensor, nn
 
-from twofold.models.encoder_decoder import EncoderDecoder, locate_tokens
+from twofold.models.encoder_decoder import EncoderDecoder, EncoderModel, locate_tokens
 from twofold.models.masks import Tokens
 
 
@@ -56,7 +56,7 @@ class ClassificationHead(nn.Module):
         return out
 
 
-class EncoderClassifier(nn.Module):
+class EncoderClassifier(EncoderModel):
     """A sequence classifier on the last encoder token (arXiv 2504.06225, SuperGLUE protocol).
 
     Args:
@@ -66,10 +66,10 @@ class EncoderClassifier(nn.Module):
     """
 
     def __init__(self, model: EncoderDecoder, num_labels: int, *, dropout_rate: float | None = None) -> None:
-        super().__init__()
+        super().__init__(model.config)
         if num_labels < 1:
             raise ValueError(f"num_labels must be at least 1, got {num_labels}")
-        self.config = model.config
+        self.tokenizer, self.adaptation = model.tokenizer, model.adaptation
         self.encoder = model.encoder
         rate = model.config.classifier_dropout_rate if dropout_rate is None else dropout_rate
         self.score = ClassificationHead(model.config.encoder.hidden_size, num_labels, rate)

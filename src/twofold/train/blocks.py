@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from twofold.models import EncoderDecoder
+from twofold.models import EncoderModel
 from twofold.models.stack import Block
 
 ActivationCheckpointing = Literal["none", "selective", "full"]
@@ -35,17 +35,12 @@ KEPT_OPERATIONS = frozenset(
 are done again, and so are batched products, which are attention's scores where no fused kernel makes them."""
 
 
-def blocks_of(model: EncoderDecoder) -> list[Block]:
-    """The encoder's blocks, then the decoder's."""
-    return [
-        block
-        for stack in (model.encoder, model.decoder)
-        for block in stack.layers
-        if isinstance(block, Block)
-    ]
+def blocks_of(model: EncoderModel) -> list[Block]:
+    """The encoder's blocks, then the decoder's, where there is one."""
+    return [module for module in model.modules() if isinstance(module, Block)]
 
 
-def checkpoint_activations(model: EncoderDecoder, mode: ActivationCheckpointing) -> None:
+def checkpoint_activations(model: EncoderModel, mode: ActivationCheckpointing) -> None:
     """Compute activations of blocks again in the backward pass instead of keeping them; results stay equal.
 
     Args:
@@ -60,13 +55,13 @@ def checkpoint_activations(model: EncoderDecoder, mode: ActivationCheckpointing)
         _replace_forward(block, partial(_checkpointed, block.forward, options))
 
 
-def compile_blocks(model: EncoderDecoder) -> None:
+def compile_blocks(model: EncoderModel) -> None:
     """Compile every block for itself: all blocks of a stack share their code, so it is compiled once for each."""
     for block in blocks_of(model):
         _replace_forward(block, torch.compile(block.forward, dynamic=True))
 
 
-def restore_blocks(model: EncoderDecoder) -> None:
+def restore_blocks(model: EncoderModel) -> None:
     """Undo both."""
     for block in blocks_of(model):
         block.__dict__.pop("forward", None)

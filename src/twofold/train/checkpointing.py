@@ -32,7 +32,7 @@ from torch.optim import Optimizer
 from twofold.checkpoint.save import CheckpointWriter
 from twofold.checkpoint.shards import ShardsSource
 from twofold.checkpoint.tensors import TensorSource, read_json
-from twofold.models import EncoderDecoder
+from twofold.models import EncoderModel
 from twofold.train.parallel import on_host, whole
 from twofold.train.world import World
 
@@ -96,7 +96,7 @@ class CheckpointSaver:
 
     def start(
         self,
-        model: EncoderDecoder,
+        model: EncoderModel,
         optimizer: Optimizer,
         parameters: Mapping[str, nn.Parameter],
         state: TrainerState,
@@ -192,12 +192,12 @@ class CheckpointSaver:
 _PATIENCE_S = 5.0
 
 
-def _begin(partial: Path, model: EncoderDecoder, state: TrainerState) -> None:
+def _begin(partial: Path, model: EncoderModel, state: TrainerState) -> None:
     """All that is not sharded."""
     try:
         shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
         (partial / "optimizer").mkdir(parents=True)
-        config = model.config.model_dump(mode="json") | {"architectures": ["EncoderDecoder"]}
+        config = model.config.model_dump(mode="json") | {"architectures": [type(model).__name__]}
         (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         if model.tokenizer is not None:
             model.tokenizer.save_pretrained(partial)
@@ -261,8 +261,9 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def save_model(model: EncoderDecoder, path: Path, world: World) -> None:
-    """The model as a folder that `twofold.load` reads; sharded tensors are gathered one by one.
+def save_model(model: EncoderModel, path: Path, world: World) -> None:
+    """The model as a folder that `twofold.load` reads, or the loader of its class; sharded tensors are gathered one by
+    one.
 
     All ranks call it, rank 0 writes. What is at `path` is replaced once the new one is complete.
     """
@@ -273,7 +274,7 @@ def save_model(model: EncoderDecoder, path: Path, world: World) -> None:
             pass
         return
     with CheckpointWriter(path, overwrite=True) as writer:
-        writer.write_config(model.config)
+        writer.write_config(model.config, type(model).__name__)
         writer.write_tensors([(name, tuple(p.shape), p.dtype) for name, p in parameters], tensors)
         if model.tokenizer is not None:
             model.tokenizer.save_pretrained(writer.folder)
@@ -281,7 +282,7 @@ def save_model(model: EncoderDecoder, path: Path, world: World) -> None:
 
 def restore_checkpoint(
     checkpoint: Path,
-    model: EncoderDecoder,
+    model: EncoderModel,
     optimizer: Optimizer,
     parameters: Mapping[str, nn.Parameter],
     state: TrainerState,

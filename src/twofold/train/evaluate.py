@@ -19,7 +19,7 @@ class Evaluation:
     """Nats per scored token, every token with the same weight; of other objectives than likelihood what they say."""
     scored_tokens: int
     metrics: dict[str, float] = field(default_factory=dict)
-    """See `Objective.metric_names`."""
+    """See `Objective.reported`."""
 
 
 @torch.no_grad()
@@ -58,4 +58,4 @@ def evaluate(module: Objective, batches: Iterable[Batch], world: World = ONE_PRO
     found = world.sum_(torch.cat([torch.stack(losses).double(), metrics])).tolist()
     means = [total / count for total in found[len(losses) :]]
     named = dict(zip(module.metric_names, means, strict=True))
-    return Evaluation(sum(found[: len(losses)]) / count, n_scored, named)
+    return Evaluation(sum(found[: len(losses)]) / count, n_scored, module.reported(named))

@@ -13,7 +13,7 @@ import torch
 
 from twofold.config.recipe import TrainSettings
 from twofold.data import Batch
-from twofold.models import EncoderDecoder
+from twofold.models import EncoderModel
 from twofold.train.averaging import AverageWeights, average_checkpoints
 from twofold.train.blocks import checkpoint_activations, compile_blocks, restore_blocks
 from twofold.train.callbacks import Callback, RunStart, TrainResult
@@ -85,7 +85,7 @@ class HeldOutLoader(Protocol):
 
 
 def fit(
-    model: EncoderDecoder,
+    model: EncoderModel,
     train_loader: TrainLoader,
     held_out_loader: HeldOutLoader | None,
     settings: TrainSettings,
@@ -94,7 +94,7 @@ def fit(
     *,
     resume: bool = False,
     world: World | None = None,
-    objective: Callable[[EncoderDecoder, Precision], Objective] = LossModule,
+    objective: Callable[[Any, Precision], Objective[Any]] = LossModule,
 ) -> TrainResult:
     """Train a model that is in memory.
 
@@ -115,7 +115,8 @@ def fit(
             the CPU with the same number of ranks. Where `output` does not exist, the run begins.
         world: the processes of the run, where the caller has started it. None: `start_world`.
         objective: makes what a step minimises, of the model and the settings' precision. Default: the likelihood of
-            the labels; `functools.partial(LossModule, teacher=...)`: what a teacher says.
+            the labels; `functools.partial(LossModule, teacher=...)`: what a teacher says. Other models than an
+            `EncoderDecoder` need one of their own.
 
     Raises:
         FileExistsError: there is something in `output` already.
@@ -202,7 +203,7 @@ class Trainer:
 
     def __init__(
         self,
-        module: Objective,
+        module: Objective[Any],
         train_loader: TrainLoader,
         held_out_loader: HeldOutLoader | None,
         settings: TrainSettings,

@@ -13,7 +13,7 @@ import numpy as np
 
 from twofold.config import EncoderMask
 from twofold.config.opening import OpeningConfig
-from twofold.models import EncoderDecoder
+from twofold.models import EncoderModel
 
 
 def num_open(step: int, steps: int, num_layers: int) -> int:
@@ -44,11 +44,11 @@ class Masks:
         object.__setattr__(self, "masks", tuple(self.masks))  # from JSON they come as a list
 
     @classmethod
-    def of(cls, model: EncoderDecoder) -> Masks:
+    def of(cls, model: EncoderModel) -> Masks:
         """Those of a model now."""
         return cls(model.config.encoder_mask, model.config.encoder_future_share)
 
-    def apply(self, model: EncoderDecoder) -> None:
+    def apply(self, model: EncoderModel) -> None:
         """Give the model these masks; its config follows, so that what is saved says what is computed."""
         if Masks.of(model) != self:
             model.set_encoder_mask(self.masks, future_share=self.future_share)

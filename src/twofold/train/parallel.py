@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from twofold.models import EncoderDecoder
+from twofold.models import EncoderModel
 from twofold.train.blocks import blocks_of
 from twofold.train.world import World
 
 
 def shard(
-    module: nn.Module, model: EncoderDecoder, world: World, *, precision: Literal["float32", "bfloat16"]
+    module: nn.Module, model: EncoderModel, world: World, *, precision: Literal["float32", "bfloat16"]
 ) -> None:
     """Spread a model over the ranks, in place: FSDP2 on every block, and on the rest as the root.
 

@@ -7,22 +7,24 @@ from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from math import isfinite
-from typing import Literal
+from typing import Generic, Literal
 
 import numpy as np
 import torch
 from torch import nn
 from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
+from typing_extensions import TypeVar
 
 from twofold.data import IGNORE_INDEX, Batch
-from twofold.models import EncoderDecoder
+from twofold.models import EncoderDecoder, EncoderModel
 from twofold.train.loss import Matching, Teacher, TeacherHead, chunked_loss, hidden_loss
 from twofold.train.opening import Opening
 from twofold.train.parallel import local_part, reduce_gradients
 from twofold.train.world import ONE_PROCESS, World
 
 Precision = Literal["float32", "bfloat16"]
+Trained = TypeVar("Trained", bound=EncoderModel, default=EncoderDecoder)
 
 
 class NonFiniteError(ArithmeticError):
@@ -44,20 +46,20 @@ class StepResult:
     learning_rate: float
     seconds: float
     metrics: dict[str, float] = field(default_factory=dict)
-    """What the objective says besides, see `Objective.metric_names`."""
+    """What the objective says besides, see `Objective.reported`."""
 
 
 TeacherOf = Callable[[Batch, torch.Tensor], Teacher]
 """What a teacher says at given positions of a batch on the device (int64 [N], of the flattened labels)."""
 
 
-class Objective(nn.Module):
+class Objective(nn.Module, Generic[Trained]):
     """A batch in, its summed loss out: what is sharded over devices, and what a step differentiates."""
 
     metric_names: tuple[str, ...] = ()
     """What `note` is told of every batch."""
 
-    def __init__(self, model: EncoderDecoder, precision: Precision = "float32") -> None:
+    def __init__(self, model: Trained, precision: Precision = "float32") -> None:
         """`precision`: see `TrainSettings`."""
         super().__init__()
         self.model = model
@@ -82,6 +84,10 @@ class Objective(nn.Module):
     def note(self, *sums: torch.Tensor) -> None:
         """Keep what a batch adds to each of `metric_names`, summed over what `count` counts."""
         self._noted.append(torch.stack([total.detach().double() for total in sums]))
+
+    def reported(self, means: dict[str, float]) -> dict[str, float]:
+        """What is told of the means of `metric_names`: they themselves, unless something is made of them."""
+        return means
 
     def take_metrics(self) -> torch.Tensor:
         """float64 [metrics]: the sums since the last call, on the model's device."""
@@ -241,9 +247,9 @@ def train_step(
         group["lr"] = learning_rate
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    metrics = {name: total / count for name, total in zip(module.metric_names, metric_sums, strict=True)}
+    means = {name: total / count for name, total in zip(module.metric_names, metric_sums, strict=True)}
     seconds = time.perf_counter() - started
-    return StepResult(loss, n_scored, n_real, grad_norm, learning_rate, seconds, metrics)
+    return StepResult(loss, n_scored, n_real, grad_norm, learning_rate, seconds, module.reported(means))
 
 
 def batch_seed(seed: int, step: int, stream: int) -> int:
