@@ -223,14 +223,10 @@ class ExampleMaker:
         return np.where(is_long, np.where(room < 1, 2, 1), 0)
 
     def _fit(self, source: Tokens, prefix: Tokens, target: Tokens) -> Example:
-        """A supervised example, cut to the row: the end of the source and the start of the target stay."""
-        limit, target_at = self._config.source_length, len(source) + len(prefix)
-        if len(source) > limit:
-            # The end stays: it holds the question and the header of the reply.
-            num_bos = int(self._convention.source_bos)
-            source = np.concatenate([source[:num_bos], source[len(source) - limit + num_bos :]])
-        room = self._config.target_length - (len(prefix) - 1)
-        example = Example(source, prefix, target[:room], len(target) <= room)
+        """A supervised example, cut to the row."""
+        target_at = len(source) + len(prefix)
+        whole = Example(source, prefix, target, True)
+        example = cut(whole, self._config.source_length, self._config.target_length, self._convention)
         return example._replace(raw=self._pair_text(example, target_at)) if self._keeps_raw else example
 
     def _pair_text(self, example: Example, target_at: int) -> RawText:
@@ -244,3 +240,16 @@ class ExampleMaker:
         if example.ends:
             origins[-1] = NOT_OF_THE_TEXT
         return RawText(tokens, origins, start=target_at - first)
+
+
+def cut(example: Example, source_length: int, target_length: int, convention: Convention) -> Example:
+    """A supervised example with at most so many tokens on each side: the end of the source and the start of the target
+    stay. There must be room for the decoder's prefix and a token."""
+    source = example.source
+    if len(source) > source_length:
+        # The end stays: it holds the question and the header of the reply.
+        num_bos = int(convention.source_bos)
+        source = np.concatenate([source[:num_bos], source[len(source) - source_length + num_bos :]])
+    room = target_length - (len(example.decoder_prefix) - 1)
+    ends = example.ends and len(example.target) <= room
+    return Example(source, example.decoder_prefix, example.target[:room], ends)

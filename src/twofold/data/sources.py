@@ -55,8 +55,11 @@ class BadRecord(ValueError):
 class SourceReader:
     """The raw records of one source, in a fixed order: files by name, then as they stand there."""
 
-    def __init__(self, config: SourceConfig) -> None:
+    def __init__(self, config: SourceConfig, columns: Sequence[str] | None = None) -> None:
         """Find the files or the dataset; nothing is read yet.
+
+        Args:
+            columns: to read. None: those that `config` names.
 
         Raises:
             FileNotFoundError: nothing at `path`.
@@ -64,11 +67,12 @@ class SourceReader:
             ImportError: `parquet` and `hf` need the extra `data`.
         """
         self._config = config
+        self._columns = _columns(config) if columns is None else list(columns)
         path = Path(config.path)
         self._dataset: Any = None
         self._files: list[Path] = []
         if config.format == "hf" or (config.format == "auto" and _is_saved_dataset(path)):
-            self._dataset = _open_dataset(config, path)
+            self._dataset = _open_dataset(config, path, self._columns)
         else:
             self._files = _find_files(config)
         self._sizes = [file.stat().st_size for file in self._files]
@@ -107,7 +111,7 @@ class SourceReader:
                     f"{file} is read as text, which has no columns; use jsonl or parquet, or set format"
                 )
             if kind == "parquet":
-                yield from _read_parquet(file, self._config)
+                yield from _read_parquet(file, self._columns)
             else:
                 yield from self._read_bytes(file, kind)
             self._done += size
@@ -141,30 +145,43 @@ def parse_record(raw: RawRecord, config: SourceConfig) -> Record:
     Raises:
         BadRecord: says where and why.
     """
-    if not isinstance(raw.content, bytes):
-        return _record(raw.content, config, raw.where)
-    try:
-        text = raw.content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise BadRecord("not UTF-8", f"{raw.where}: not UTF-8 text ({error})") from error
     if raw.kind == "text":
+        assert isinstance(raw.content, bytes)
+        text = _decoded(raw.content, raw.where)
         if not text.strip():
             raise BadRecord("empty text", f"{raw.where}: empty text")
         return {"text": text.replace("\r\n", "\n").replace("\r", "\n")}
-    try:
-        row = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise BadRecord("not JSON", f"{raw.where}: not JSON ({error})") from error
-    return _record(row, config, raw.where)
-
-
-def _record(row: Any, config: SourceConfig, where: str) -> Record:
-    if not isinstance(row, Mapping):
-        raise BadRecord("not an object", f"{where}: must be a JSON object, got {type(row).__name__}")
     columns = _columns(config)
+    return _record(parse_row(raw, columns), columns, config, raw.where)
+
+
+def parse_row(raw: RawRecord, columns: Sequence[str]) -> list[Any]:
+    """The values of some columns of a record that is no running text.
+
+    Raises:
+        BadRecord: says where and why.
+    """
+    row: Any = raw.content
+    if isinstance(row, bytes):
+        try:
+            row = json.loads(_decoded(row, raw.where))
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise BadRecord("not JSON", f"{raw.where}: not JSON ({error})") from error
+    if not isinstance(row, Mapping):
+        raise BadRecord("not an object", f"{raw.where}: must be a JSON object, got {type(row).__name__}")
     if missing := _missing(list(row), columns):
-        raise BadRecord("no column", f"{where}: {_no_columns(missing, list(row))}")
-    values = [row[name] for name in columns]
+        raise BadRecord("no column", f"{raw.where}: {_no_columns(missing, list(row))}")
+    return [row[name] for name in columns]
+
+
+def _decoded(content: bytes, where: str) -> str:
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise BadRecord("not UTF-8", f"{where}: not UTF-8 text ({error})") from error
+
+
+def _record(values: Sequence[Any], columns: Sequence[str], config: SourceConfig, where: str) -> Record:
     if config.messages_field is not None:
         _check_messages(values[0], columns[0], where)
         return {"messages": values[0]}
@@ -209,13 +226,13 @@ def _missing(names: Sequence[str], columns: Sequence[str]) -> list[str]:
 
 def _no_columns(missing: Sequence[str], names: Sequence[str]) -> str:
     return (
-        f"no column {', '.join(map(repr, missing))}; it has {sorted(names)}: set text_field, prompt_field and "
-        "completion_field, or messages_field"
+        f"no column {', '.join(map(repr, missing))}; it has {sorted(names)}: set the fields of the source "
+        "(text_field, prompt_field, messages_field, ...) to what it has"
     )
 
 
-def _check_columns(names: Sequence[str], config: SourceConfig, where: str) -> None:
-    if missing := _missing(names, _columns(config)):
+def _check_columns(names: Sequence[str], columns: Sequence[str], where: str) -> None:
+    if missing := _missing(names, columns):
         raise ValueError(f"{where}: {_no_columns(missing, names)}")
 
 
@@ -289,15 +306,15 @@ def _read_array(handle: io.BufferedReader, file: Path) -> Iterator[RawRecord]:
         text.detach()
 
 
-def _read_parquet(file: Path, config: SourceConfig) -> Iterator[RawRecord]:
+def _read_parquet(file: Path, columns: list[str]) -> Iterator[RawRecord]:
     try:
         import pyarrow.parquet
     except ImportError as error:
         raise ImportError('reading parquet needs pyarrow: pip install "twofold[data]"') from error
     table = pyarrow.parquet.ParquetFile(file)
-    _check_columns(table.schema_arrow.names, config, str(file))
+    _check_columns(table.schema_arrow.names, columns, str(file))
     number = 0
-    for group in table.iter_batches(columns=_columns(config)):
+    for group in table.iter_batches(columns=columns):
         for row in group.to_pylist():
             yield RawRecord(f"{file}, row {number}", "row", row)
             number += 1
@@ -307,7 +324,7 @@ def _is_saved_dataset(path: Path) -> bool:
     return (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
 
 
-def _open_dataset(config: SourceConfig, path: Path) -> Any:
+def _open_dataset(config: SourceConfig, path: Path, columns: list[str]) -> Any:
     try:
         import datasets
     except ImportError as error:
@@ -320,8 +337,8 @@ def _open_dataset(config: SourceConfig, path: Path) -> Any:
             dataset = dataset[config.split]
     else:
         dataset = datasets.load_dataset(config.path, split=config.split)
-    _check_columns(dataset.column_names, config, config.path)
-    return dataset.select_columns(_columns(config))
+    _check_columns(dataset.column_names, columns, config.path)
+    return dataset.select_columns(columns)
 
 
 def _format_of(file: Path) -> str | None:

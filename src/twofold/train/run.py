@@ -28,7 +28,7 @@ from twofold.data import (
     required_sentinels,
 )
 from twofold.data.teaching import Teaching
-from twofold.models import EncoderDecoder
+from twofold.models import EncoderDecoder, EncoderModel
 from twofold.objectives import find_sentinels
 from twofold.train.callbacks import Callback, RunStart, TrainResult
 from twofold.train.loop import find_start, fit, new_state
@@ -195,7 +195,7 @@ def build_loaders(
         raise ValueError(
             "the model has no tokenizer, so text cannot be read; put tokenizer files into its folder"
         )
-    check_lengths(config, model.config)
+    check_lengths(config.source_length, config.target_length, model.config)
     convention = Convention.of(model.config)
     sentinels = sentinel_ids(model, required_sentinels(model.tokenizer, config, convention))
     train, held_out = open_corpora(config, model.tokenizer, convention, progress=progress)
@@ -209,18 +209,21 @@ def build_loaders(
     return loaders[0], loaders[1] if held_out else None
 
 
-def check_lengths(data: DataConfig, model: EncoderDecoderConfig) -> None:
+def check_lengths(source_length: int, target_length: int, model: EncoderDecoderConfig) -> None:
     """Refuse rows that could hold an example longer than the model's positions.
+
+    Args:
+        source_length: see `DataConfig`, as `target_length`.
 
     Raises:
         ValueError: says which length, and the limit.
     """
-    source, target = ("data.source_length", data.source_length), ("data.target_length", data.target_length)
+    source, target = ("data.source_length", source_length), ("data.target_length", target_length)
     if model.decoder_positions == "continue":
         # The decoder counts on from the source.
         target = (
             "data.target_length together with data.source_length",
-            data.target_length + data.source_length,
+            target_length + source_length,
         )
     for (name, length), stack in ((source, model.encoder), (target, model.decoder)):
         if length > stack.max_position_embeddings:
@@ -253,7 +256,7 @@ def _check_first_batch(loader: Loader, vocab_size: int) -> None:
 class RunFiles(Callback):
     """What a run is, beside its results: recipe.resolved.yaml, data.txt, adaptation.json."""
 
-    def __init__(self, recipe: Run, model: EncoderDecoder, data_report: Sequence[str]) -> None:
+    def __init__(self, recipe: Run, model: EncoderModel, data_report: Sequence[str]) -> None:
         self._recipe = recipe
         self._model = model
         self._data_report = data_report

@@ -185,7 +185,7 @@ def plan_run(
     if price_per_hour is not None and price_per_hour < 0:
         raise ValueError(f"price_per_hour must be 0 or more, got {price_per_hour}")
     config = read_model_config(recipe.model)
-    check_lengths(recipe.data, config)
+    check_lengths(recipe.data.source_length, recipe.data.target_length, config)
     if recipe.cross_attention_warmup_steps and config.layout == "merged":
         raise ValueError(
             "cross_attention_warmup_steps trains cross-attention alone, but layout 'merged' has no cross-attention "

@@ -1,0 +1,237 @@
+"""From a recipe of preferences or rewards to a run: model, pairs, reference, and all checks before the first step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from twofold.config import EncoderDecoderConfig
+from twofold.config.preferences import PairData, PairRun, PreferenceRecipe, RewardRecipe
+from twofold.data import BuildProgress, Convention
+from twofold.models import EncoderDecoder, EncoderModel
+from twofold.posttrain.pairs import Collate, PairLoader, Pairs, open_pairs, pair_reader
+from twofold.posttrain.preferences import PreferenceObjective, Reference, collate_pairs
+from twofold.posttrain.reference import ReferenceFile, ReferenceModel, compute_reference, read_reference
+from twofold.posttrain.reward import RewardModel, RewardObjective, collate_texts, load_reward_model
+from twofold.train.callbacks import Callback, TrainResult
+from twofold.train.loop import fit
+from twofold.train.run import RunFiles, build_model, check_lengths, find_checked_start
+from twofold.train.world import World, start_world
+
+Made = TypeVar("Made", bound=EncoderModel)
+
+
+def train_preferences(
+    recipe: PreferenceRecipe, *, resume: bool = False, callbacks: Sequence[Callback] = ()
+) -> TrainResult:
+    """Stage `dpo`: tune a pair on preferences. Arguments and errors as for `twofold.train.train`.
+
+    Beside what that writes, `output` gets reference.safetensors, where log-probabilities are precomputed.
+    """
+    with start_world(recipe) as world:
+        output = Path(recipe.output)
+        checkpoint = world.from_main(lambda: find_checked_start(recipe, output, resume=resume))
+        data = recipe.data
+        model, pairs = _build(
+            recipe,
+            world,
+            callbacks,
+            make=lambda: build_model(recipe.model, checkpoint),
+            make_empty=EncoderDecoder,
+            check=lambda config: check_lengths(data.source_length, data.target_length, config),
+        )
+        convention = Convention.of(model.config)
+        loaders = _loaders(recipe, world, pairs, [collate_pairs(convention.pad_token_id)] * 2)
+        reference: Reference | None = None
+        watchers = list(callbacks)
+        if recipe.preference.kind != "orpo" and recipe.preference.reference == "model":
+            frozen = build_model(recipe.model)
+            reference = ReferenceModel(frozen, recipe.precision, world.device)
+        elif recipe.preference.kind != "orpo":
+            known, name = _precomputed(
+                recipe, world, model, loaders, output, is_resumed=checkpoint is not None
+            )
+            collates = [collate_pairs(convention.pad_token_id, known_P2) for known_P2 in known]
+            loaders = _loaders(recipe, world, pairs, collates, known)
+            if world.is_main:
+                watchers.append(ReferenceFile(known, name))
+        objective = partial(PreferenceObjective, config=recipe.preference, reference=reference)
+        return _fit(recipe, world, model, pairs, loaders, watchers, objective, resume=resume)
+
+
+def train_reward(
+    recipe: RewardRecipe, *, resume: bool = False, callbacks: Sequence[Callback] = ()
+) -> TrainResult:
+    """Stage `reward`: make a reward model of a pair's encoder. Arguments and errors as for `twofold.train.train`.
+
+    The model in `output` is for `twofold.posttrain.reward.load_reward_model`.
+    """
+    with start_world(recipe) as world:
+        output = Path(recipe.output)
+        checkpoint = world.from_main(lambda: find_checked_start(recipe, output, resume=resume))
+
+        def make() -> RewardModel:
+            if checkpoint is not None:
+                return load_reward_model(checkpoint, dtype=torch.float32)
+            return RewardModel.of_pair(build_model(recipe.model), recipe.seed)
+
+        model, pairs = _build(
+            recipe,
+            world,
+            callbacks,
+            make=make,
+            make_empty=lambda config: RewardModel(EncoderDecoder(config)),
+            check=lambda config: _check_texts(recipe.data, config),
+        )
+        collate = collate_texts(Convention.of(model.config))
+        loaders = _loaders(recipe, world, pairs, [collate] * 2)
+        return _fit(recipe, world, model, pairs, loaders, callbacks, RewardObjective, resume=resume)
+
+
+def _build(
+    recipe: PairRun,
+    world: World,
+    callbacks: Sequence[Callback],
+    *,
+    make: Callable[[], Made],
+    make_empty: Callable[[EncoderDecoderConfig], Made],
+    check: Callable[[EncoderDecoderConfig], None],
+) -> tuple[Made, Pairs]:
+    """Model and pairs of one rank. Rank 0 alone reads weights, and comes first; the others' model is on the meta
+    device."""
+
+    def tell_progress(progress: BuildProgress) -> None:
+        for callback in callbacks:
+            callback.on_tokenise(progress)
+
+    def read(model: Made) -> Pairs:
+        if model.tokenizer is None:
+            raise ValueError(
+                "the model has no tokenizer, so text cannot be read; put tokenizer files into its folder"
+            )
+        check(model.config)
+        convention = Convention.of(model.config)
+        progress = tell_progress if world.is_main else None
+        pairs = open_pairs(recipe.data, model.tokenizer, convention, progress=progress)
+        _check_ids(pairs, model.config)
+        for callback in callbacks:
+            callback.on_data(pairs.report)
+        return pairs
+
+    built: list[tuple[Made, Pairs]] = []
+
+    def build_first() -> tuple[EncoderDecoderConfig, Any]:
+        for source in (*recipe.data.sources, *recipe.data.held_out):
+            pair_reader(source)  # finds missing files before the model is loaded
+        model = make()
+        built.append((model, read(model)))
+        return model.config, model.tokenizer
+
+    config, tokenizer = world.from_main(build_first)
+    if not world.is_main:
+        with torch.device("meta"):
+            model = make_empty(config)
+        model.tokenizer = tokenizer
+        built.append((model.eval(), read(model)))
+    return built[0]
+
+
+def _loaders(
+    recipe: PairRun,
+    world: World,
+    pairs: Pairs,
+    collates: Sequence[Collate],
+    known: Sequence[Tensor] = (),
+) -> list[PairLoader]:
+    """Of training, and of evaluation where something is held out."""
+    num_streams = recipe.accumulate_batches
+    identity = b"".join(known_P2.numpy().tobytes() for known_P2 in known)
+    loaders = [
+        PairLoader(
+            pairs.train,
+            recipe.data,
+            collates[0],
+            num_streams=num_streams,
+            owned=world.streams(num_streams),
+            identity=identity,
+        )
+    ]
+    if pairs.held_out:
+        loaders.append(PairLoader(pairs.held_out, recipe.data, collates[1]))
+    return loaders
+
+
+def _precomputed(
+    recipe: PreferenceRecipe,
+    world: World,
+    model: EncoderDecoder,
+    loaders: Sequence[PairLoader],
+    output: Path,
+    *,
+    is_resumed: bool,
+) -> tuple[list[Tensor], str]:
+    """Log-probabilities under the model before the first step, of every loader's pairs, and what they are of."""
+    data = " ".join([recipe.precision, *(loader.digest for loader in loaders)])
+    if is_resumed:
+        known = world.from_main(lambda: read_reference(output, data))
+        if known is not None:
+            return known, data
+    if is_resumed or world.size > 1:
+        # A checkpoint's weights have moved, and of several ranks only the first has any: all read the beginning.
+        model = build_model(recipe.model)
+    model = model.to(world.device).eval()
+    return [compute_reference(model, loader, recipe.precision, world) for loader in loaders], data
+
+
+def _fit(
+    recipe: PairRun,
+    world: World,
+    model: EncoderModel,
+    pairs: Pairs,
+    loaders: Sequence[PairLoader],
+    callbacks: Sequence[Callback],
+    objective: Callable[..., Any],
+    *,
+    resume: bool,
+) -> TrainResult:
+    watchers = [RunFiles(recipe, model, pairs.report), *callbacks] if world.is_main else callbacks
+    held_out = loaders[1] if len(loaders) > 1 else None
+    return fit(
+        model,
+        loaders[0],
+        held_out,
+        recipe,
+        recipe.output,
+        watchers,
+        resume=resume,
+        world=world,
+        objective=objective,
+    )
+
+
+def _check_texts(data: PairData, model: EncoderDecoderConfig) -> None:
+    """Refuse prompts and replies that together could be longer than the encoder's positions."""
+    longest, limit = data.source_length + data.target_length, model.encoder.max_position_embeddings
+    if longest > limit:
+        raise ValueError(
+            f"a reward model reads a prompt and its reply as one text, of up to data.source_length + "
+            f"data.target_length = {longest} tokens, and its encoder has max_position_embeddings {limit}; lower them"
+        )
+
+
+def _check_ids(pairs: Pairs, model: EncoderDecoderConfig) -> None:
+    """Refuse ids that have no embedding."""
+    size = min(model.encoder.vocab_size, model.decoder.vocab_size)
+    both = (*pairs.train, *pairs.held_out)
+    replies = (reply for pair in both for reply in (pair.chosen, pair.rejected))
+    highest = max(int(part.max()) for reply in replies for part in reply[:3] if len(part))
+    if highest >= size:
+        raise ValueError(
+            f"the tokenizer gives id {highest}, the model has {size} embeddings; use the tokenizer the model was made "
+            "with"
+        )

@@ -1,0 +1,373 @@
+"""Preferences as examples: read, checked, held out, and dealt out in batches with a state.
+
+P: pairs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from twofold.config.data import SourceConfig
+from twofold.config.preferences import PairData, PairSource
+from twofold.data import Batch, BuildProgress, Convention, Example, SourceReader
+from twofold.data.chat import ChatRefused, record_to_example
+from twofold.data.examples import cut
+from twofold.data.order import keys_for, permute
+from twofold.data.sources import BadRecord, RawRecord
+from twofold.data.store import RecordCounts
+from twofold.data.tokenize import Tokenizer
+from twofold.posttrain.pair_records import parse_pair
+
+logger = logging.getLogger(__name__)
+
+_PROGRESS_RECORDS = 1000
+_WINDOW_BATCHES = 64
+"""Batches that are made of pairs of similar length at a time: long enough that little is padding, short enough that
+any two pairs may meet over the epochs."""
+
+
+class Pair(NamedTuple):
+    """Two replies to one prompt, as the model sees them: the same source and decoder prefix."""
+
+    chosen: Example
+    rejected: Example
+    margin: float
+    """By how much the rewards should differ."""
+
+    where: str
+    """For messages: file and line or row."""
+
+    @property
+    def length(self) -> int:
+        """Tokens of the longer reply with its prompt."""
+        longest = max(self.chosen.decoder_length, self.rejected.decoder_length)
+        return len(self.chosen.source) + longest
+
+    def digest(self) -> bytes:
+        """Of all tokens and the margin."""
+        parts = [
+            *self.chosen[:3],
+            self.rejected.target,
+            np.asarray([self.margin, self.chosen.ends, self.rejected.ends]),
+        ]
+        sizes = np.asarray([len(part) for part in parts])
+        content = b"".join(np.ascontiguousarray(part).tobytes() for part in (sizes, *parts))
+        return hashlib.blake2b(content, digest_size=16).digest()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Pairs:
+    """All pairs of a run."""
+
+    train: list[Pair]
+    held_out: list[Pair]
+    """Empty: nothing is held out."""
+
+    report: list[str]
+    """A line for each source: what is in it, and what was skipped, dropped or cut."""
+
+
+def open_pairs(
+    data: PairData,
+    tokenizer: Tokenizer,
+    convention: Convention,
+    *,
+    progress: Callable[[BuildProgress], None] | None = None,
+) -> Pairs:
+    """Read and tokenise all pairs of a run; they stay in memory.
+
+    A reply and its prompt become an example as in supervised tuning (`data.chat.record_to_example`), so the same
+    checks hold: no double BOS, a stop token at the end. What is skipped or dropped is counted and logged.
+
+    Raises:
+        FileNotFoundError, ImportError: see `SourceReader`.
+        ValueError: too many bad records in a source, a pair that is too long, or nothing left on one side.
+    """
+    read = [
+        _read(source, data, tokenizer, convention, progress) for source in (*data.sources, *data.held_out)
+    ]
+    train_parts, held_parts = read[: len(data.sources)], read[len(data.sources) :]
+    held_out = [pair for part in held_parts for pair in part.pairs]
+    if data.held_out_fraction:
+        for part in train_parts:
+            chosen = [_is_held_out(pair, data) for pair in part.pairs]
+            held_out += [pair for pair, is_held in zip(part.pairs, chosen, strict=True) if is_held]
+            part.pairs = [pair for pair, is_held in zip(part.pairs, chosen, strict=True) if not is_held]
+            part.held_out = sum(chosen)
+    prompts = {pair.chosen.source.tobytes() for pair in held_out}
+    for part in train_parts:
+        kept = [pair for pair in part.pairs if pair.chosen.source.tobytes() not in prompts]
+        part.dropped["prompt is held out"] += len(part.pairs) - len(kept)
+        part.pairs = kept
+    for part in read:
+        for reason, count in part.dropped.items():
+            if count:
+                logger.warning("%s: %s pairs dropped: %s", part.source.path, f"{count:,}", reason)
+    train = [pair for part in train_parts for pair in part.pairs]
+    for name, pairs, is_wanted in (("train on", train, True), ("hold out", held_out, data.has_held_out)):
+        if is_wanted and not pairs:
+            reports = "; ".join(part.describe() for part in read)
+            raise ValueError(
+                f"there is no pair to {name} ({reports}); give other sources or held_out_fraction"
+            )
+    return Pairs(train=train, held_out=held_out, report=[part.describe() for part in read])
+
+
+@dataclass(slots=True)
+class _Part:
+    """What one source gave."""
+
+    source: PairSource
+    pairs: list[Pair]
+    counts: RecordCounts
+    dropped: Counter[str]
+    cut: int = 0
+    held_out: int = 0
+
+    def describe(self) -> str:
+        text = f"{self.source.path}: {len(self.pairs):,} pairs"
+        if self.held_out:
+            text += f"; {self.held_out:,} held out"
+        if self.counts.bad:
+            text += f"; {self.counts.summary()}"
+        for reason, count in self.dropped.items():
+            if count:
+                text += f"; {count:,} pairs dropped: {reason}"
+        return text + (f"; {self.cut:,} pairs are longer than allowed and are cut" if self.cut else "")
+
+
+def _read(
+    source: PairSource,
+    data: PairData,
+    tokenizer: Tokenizer,
+    convention: Convention,
+    progress: Callable[[BuildProgress], None] | None,
+) -> _Part:
+    part = _Part(source, [], RecordCounts(), Counter())
+    num_tokens = 0
+    reader = pair_reader(source)
+    for raw in reader:
+        if part.counts.records == source.max_pairs:
+            break
+        part.counts.records += 1
+        try:
+            pair = read_pair(raw, source, tokenizer, convention)
+        except BadRecord as error:
+            part.counts.refuse(error)
+            continue
+        fitted = _fitted(pair, data, convention)
+        if fitted is None:
+            part.dropped["longer than allowed (max_length_action='skip')"] += 1
+        elif np.array_equal(fitted.chosen.target, fitted.rejected.target):
+            part.dropped["chosen and rejected are the same"] += 1
+        else:
+            part.cut += fitted is not pair
+            part.pairs.append(fitted)
+        num_tokens += pair.length + min(pair.chosen.decoder_length, pair.rejected.decoder_length)
+        if progress is not None and part.counts.records % _PROGRESS_RECORDS == 0:
+            progress(
+                BuildProgress(
+                    path=source.path,
+                    documents=part.counts.records,
+                    tokens=num_tokens,
+                    share_read=reader.share_read,
+                )
+            )
+    counts = part.counts
+    if counts.bad.total() > data.max_bad_share * counts.records:
+        raise ValueError(
+            f"source {source.path!r}: {counts.summary()}. That is more than max_bad_share={data.max_bad_share}; repair "
+            "the data, set the fields to its columns, or raise it"
+        )
+    if counts.bad:
+        logger.warning("%s: %s", source.path, counts.summary())
+    return part
+
+
+def pair_reader(source: PairSource) -> SourceReader:
+    """The raw records of a source. Errors as for `SourceReader`."""
+    # The columns are ours; of the fields of running text one must be set, or files without columns would be read too.
+    config = SourceConfig(
+        path=source.path, format=source.format, split=source.split, messages_field=source.chosen_field
+    )
+    return SourceReader(config, source.columns)
+
+
+def read_pair(raw: RawRecord, source: PairSource, tokenizer: Tokenizer, convention: Convention) -> Pair:
+    """One record as the model sees it.
+
+    Raises:
+        BadRecord: says where and why.
+    """
+    record = parse_pair(raw, source)
+    try:
+        chosen, rejected = (
+            record_to_example(record.with_reply(reply), tokenizer, convention)
+            for reply in (record.chosen, record.rejected)
+        )
+    except ChatRefused as error:
+        raise BadRecord("chat does not render", f"{raw.where}: {error}") from error
+    except ValueError as error:
+        raise BadRecord("not a usable pair", f"{raw.where}: {error}") from error
+    # A template could write the prompt in another way for another reply.
+    if not all(np.array_equal(a, b) for a, b in zip(chosen[:2], rejected[:2], strict=True)):
+        raise BadRecord(
+            "two prompts", f"{raw.where}: the chat template renders the prompt differently for both replies"
+        )
+    return Pair(chosen, rejected, record.margin, raw.where)
+
+
+def _fitted(pair: Pair, data: PairData, convention: Convention) -> Pair | None:
+    """The pair itself where it is short enough, or cut; None: to be left out."""
+    room = data.target_length - (len(pair.chosen.decoder_prefix) - 1)
+    longest = max(len(pair.chosen.target), len(pair.rejected.target))
+    if len(pair.chosen.source) <= data.source_length and longest <= room:
+        return pair
+    if data.max_length_action == "skip":
+        return None
+    if data.max_length_action == "error" or room < 1:
+        raise ValueError(
+            f"{pair.where}: a pair of {len(pair.chosen.source)} prompt tokens and replies of up to "
+            f"{longest + len(pair.chosen.decoder_prefix) - 1} does not fit source_length={data.source_length} and "
+            f"target_length={data.target_length}; raise them, or set max_length_action to 'truncate' or 'skip'"
+        )
+    limits = data.source_length, data.target_length, convention
+    return pair._replace(chosen=cut(pair.chosen, *limits), rejected=cut(pair.rejected, *limits))
+
+
+def _is_held_out(pair: Pair, data: PairData) -> bool:
+    """By the prompt's tokens and the seed alone."""
+    key = hashlib.blake2b(pair.chosen.source.tobytes(), key=str(data.seed).encode(), digest_size=8).digest()
+    return int.from_bytes(key, "little") / 2**64 < data.held_out_fraction
+
+
+Collate = Callable[[Sequence[Pair], Sequence[int]], Batch]
+"""Pairs and their numbers to a batch."""
+
+
+class PairLoader:
+    """Batches of pairs without end, epoch after epoch; `one_pass` for an evaluation.
+
+    In each epoch every pair comes once. Pairs of similar length are put together, a window of the shuffled order at a
+    time, and the batches shuffled again. Batch n of the run goes to stream n modulo `num_streams`, so that neither the
+    number of ranks nor a stop changes what comes.
+    """
+
+    def __init__(
+        self,
+        pairs: Sequence[Pair],
+        data: PairData,
+        collate: Collate,
+        *,
+        num_streams: int = 1,
+        owned: Sequence[int] | None = None,
+        identity: bytes = b"",
+    ) -> None:
+        """
+        Args:
+            pairs: at least one.
+            data: size of batches, order, seed.
+            collate: makes batches.
+            num_streams: batches of one step, over all ranks.
+            owned: the streams this loader gives. None: all.
+            identity: of what else batches hold; a saved state of another one is refused.
+        """
+        assert pairs
+        self.pairs = pairs
+        self._data = data
+        self._collate = collate
+        self.num_streams = num_streams
+        self.owned = tuple(range(num_streams)) if owned is None else tuple(sorted(owned))
+        """The streams of this loader."""
+        self._lengths = np.asarray([pair.length for pair in pairs])
+        self._steps = 0
+        self._epoch: tuple[int, list[list[int]]] | None = None
+        content = identity + b"".join(pair.digest() for pair in pairs)
+        self.digest = hashlib.blake2b(content, digest_size=16).hexdigest()
+        """Of all pairs and `identity`."""
+
+    @property
+    def batches_per_epoch(self) -> int:
+        return -(-len(self.pairs) // self._data.pairs_per_batch)
+
+    def next_step(self) -> list[Batch]:
+        """One batch of each owned stream, in their order."""
+        first = self._steps * self.num_streams
+        self._steps += 1
+        return [self._batch(self._numbers(first + stream)) for stream in self.owned]
+
+    def one_pass(self) -> Iterator[Batch]:
+        """Every pair once, by length: the same batches each time; the last may be smaller."""
+        return map(self._batch, self.numbers_by_length())
+
+    def numbers_by_length(self) -> list[list[int]]:
+        """The numbers of the pairs of each batch of `one_pass`."""
+        return self._cut(np.argsort(self._lengths, kind="stable").tolist())
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the owned streams stand, JSON-able."""
+        return {**self._identity(), "streams": {str(n): self._steps for n in self.owned}}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state_dict`.
+
+        Raises:
+            ValueError: the state belongs to other pairs, another order, seed or number of streams.
+        """
+        for name, value in self._identity().items():
+            if state.get(name) != value:
+                raise ValueError(
+                    f"the saved state of the loader has {name} {state.get(name)}, this run has {value}; resume with "
+                    "the data it was saved with, or start a new run in another output"
+                )
+        self._steps = state["streams"][str(self.owned[0])]
+
+    def _identity(self) -> dict[str, Any]:
+        data = self._data
+        return {
+            "seed": data.seed,
+            "shuffle": data.shuffle,
+            "num_streams": self.num_streams,
+            "pairs_per_batch": data.pairs_per_batch,
+            "pairs": self.digest,
+        }
+
+    def _numbers(self, batch: int) -> list[int]:
+        """The pairs of a batch of the run."""
+        epoch, place = divmod(batch, self.batches_per_epoch)
+        if self._epoch is None or self._epoch[0] != epoch:
+            self._epoch = epoch, self._order(epoch)
+        return self._epoch[1][place]
+
+    def _order(self, epoch: int) -> list[list[int]]:
+        """The batches of an epoch."""
+        if not self._data.shuffle:
+            return self._cut(list(range(len(self.pairs))))
+        order = _shuffled(len(self.pairs), self._data.seed, 2 * epoch)
+        size = _WINDOW_BATCHES * self._data.pairs_per_batch
+        by_length: list[int] = []
+        for start in range(0, len(order), size):
+            window = order[start : start + size]
+            by_length += window[np.argsort(self._lengths[window], kind="stable")].tolist()
+        batches = self._cut(by_length)
+        return [batches[n] for n in _shuffled(len(batches), self._data.seed, 2 * epoch + 1)]
+
+    def _cut(self, numbers: Sequence[int]) -> list[list[int]]:
+        size = self._data.pairs_per_batch
+        return [list(numbers[start : start + size]) for start in range(0, len(numbers), size)]
+
+    def _batch(self, numbers: Sequence[int]) -> Batch:
+        return self._collate([self.pairs[n] for n in numbers], numbers)
+
+
+def _shuffled(size: int, seed: int, number: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """A permutation of its own for every number, int64 [size]."""
+    key = keys_for(seed, np.asarray([number]))
+    return permute(np.arange(size), size, key.repeat(size))
