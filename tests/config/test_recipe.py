@@ -7,9 +7,9 @@ import yaml
 import twofold
 from twofold.config.recipe import AdaptConfig, Recipe, load_recipe, read_recipe
 from twofold.config.targets import TargetsRecipe
+from twofold.posttrain.stages import read_run, stage_of
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
-STORED = [path for path in RECIPES if "distill-targets" in path.stem]
 BASE = {
     "stage": "pretrain",
     "model": {"path": "start"},
@@ -29,10 +29,10 @@ def written(tmp_path, **changes):
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_every_recipe_is_valid(path, tmp_path, monkeypatch, recwarn):
     monkeypatch.setenv("TWOFOLD_DATA", str(tmp_path))
-    if path in STORED:
+    if stage_of(path) == "distill-targets":
         recipe = read_recipe(TargetsRecipe, path)
     else:
-        recipe = load_recipe(path)
+        recipe = read_run(path)
         overrides = [
             "steps=2",
             "schedule.warmup_steps=0",
@@ -40,7 +40,7 @@ def test_every_recipe_is_valid(path, tmp_path, monkeypatch, recwarn):
             "average_last=null",
             "opening=null",
         ]
-        assert load_recipe(path, overrides).steps == 2
+        assert read_run(path, overrides).steps == 2
     assert recipe.data.sources[0].path.startswith(f"{tmp_path}/")
     donors = ("HuggingFaceTB/SmolLM2-135M-Instruct", "google/gemma-")
     assert recipe.model.adapt.encoder.startswith(donors)
@@ -56,6 +56,8 @@ def test_there_are_recipes():
         "smollm2-t5gemma2",
         "smollm2-distill-targets",
         "smollm2-short-decoder",
+        "smollm2-dpo",
+        "smollm2-reward",
         "t5gemma-2b-2b-prefixlm-kd",
         "t5gemma-9b-2b-prefixlm-kd",
         "t5gemma-2b-2b-ul2",

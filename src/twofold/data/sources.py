@@ -226,8 +226,8 @@ def _missing(names: Sequence[str], columns: Sequence[str]) -> list[str]:
 
 def _no_columns(missing: Sequence[str], names: Sequence[str]) -> str:
     return (
-        f"no column {', '.join(map(repr, missing))}; it has {sorted(names)}: set the fields of the source "
-        "(text_field, prompt_field, messages_field, ...) to what it has"
+        f"no column {', '.join(map(repr, missing))}; it has {sorted(names)}: set text_field, prompt_field "
+        "or what other fields the source has to one of these"
     )
 
 
