@@ -15,11 +15,13 @@ from tests.train.conftest import one_thread  # noqa: F401
 from tests.train.ranks import on_ranks
 from tests.train.test_loop import StopAfter, optimizer_tensors
 from tests.train.tiny_run import tiny_model
+from tests.train.tiny_teacher import save_donor
 from twofold.checkpoint.save import save
 from twofold.cli.train import train_command
 from twofold.posttrain.pair_runs import train_preferences, train_reward
 from twofold.posttrain.reference import FILE
 from twofold.posttrain.reward import load_reward_model
+from twofold.posttrain.stages import read_run, train_stage
 
 RUNS = {
     "dpo": (partial(dpo_recipe), train_preferences, twofold.load),
@@ -143,6 +145,48 @@ def test_what_does_not_go_together_stops_before_the_first_step(tmp_path):
     with pytest.raises(ValueError, match="cross_attention_warmup_steps is 2, but a reward model has no"):
         reward_recipe(tmp_path, cross_attention_warmup_steps=2)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_reward_model_is_averaged_and_opened_like_a_pair(tmp_path):
+    save(tiny_model(encoder_mask=("causal", "causal")), tmp_path / "start")
+    changes = {
+        "average_last": 2,
+        "save_every": 1,
+        "ema_decay": 0.5,
+        "opening": {"kind": "layers", "steps": 3},
+    }
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(record) + "\n" for record in RECORDS))
+    result = train_reward(reward_recipe(tmp_path, steps=4, **changes))
+    last, ema, mean = (load_reward_model(result.output / n) for n in ("model", "model-ema", "model-average"))
+    assert last.config.encoder_mask == ("sink", "sink")
+    steps = [load_reward_model(result.output / "checkpoints" / f"step-00000{n}") for n in (3, 4)]
+    weights = [model.head.out_proj.weight for model in (*steps, mean, ema)]
+    torch.testing.assert_close(weights[2], (weights[0] + weights[1]) / 2)
+    assert not torch.equal(weights[3], weights[1])
+    assert torch.equal(weights[1], last.head.out_proj.weight)
+
+
+@pytest.mark.parametrize("stage", ["dpo", "reward"])
+def test_the_recipes_run_on_a_tiny_donor(stage, tmp_path, monkeypatch):
+    """All their settings but sizes."""
+    monkeypatch.setenv("TWOFOLD_DATA", str(tmp_path))
+    save_donor(tmp_path / "donor")
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in RECORDS))
+    overrides = [
+        f"model.adapt.encoder={tmp_path / 'donor'}",
+        f"data.sources=[{{path: {path}}}]",
+        "data.held_out_fraction=0.3",
+        "data.source_length=32",
+        "data.target_length=16",
+        f"output={tmp_path / 'run'}",
+        "steps=2",
+        "schedule.warmup_steps=1",
+        "device=cpu",
+        "tensorboard=false",
+    ]
+    recipe = Path(__file__).parents[2] / "recipes" / f"smollm2-{stage}.yaml"
+    assert train_stage(read_run(recipe, overrides)).is_finished
 
 
 def hh(record, reply):

@@ -9,6 +9,7 @@ import twofold
 from tests.posttrain.tiny_pairs import data_config, pairs_of
 from tests.train.tiny_run import settings, tiny_model
 from twofold.data import Convention
+from twofold.posttrain import reward
 from twofold.posttrain.pairs import PairLoader
 from twofold.posttrain.reward import (
     RewardModel,
@@ -112,7 +113,7 @@ def test_calibration_error_of_known_margins():
     )
 
 
-def test_scores_are_those_of_the_objective_whatever_else_is_scored(text_model, tmp_path):
+def test_scores_are_those_of_the_objective_whatever_else_is_scored(text_model, tmp_path, monkeypatch):
     model = RewardModel.of_pair(text_model(), 3)
     pairs = pairs_of(model, tmp_path)[:4]
     prompts = ["say tree0", "say house1", [{"role": "user", "content": "say river2"}], "say cloud3"]
@@ -123,6 +124,9 @@ def test_scores_are_those_of_the_objective_whatever_else_is_scored(text_model, t
     assert (scores.shape, scores.dtype) == ((4,), torch.float32)
     torch.testing.assert_close(scores, expected, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(model.score(prompts[2:3], ["RIVE"]), scores[2:3], atol=1e-5, rtol=1e-5)
+    monkeypatch.setattr(reward, "_BATCH_TOKENS", 100)  # of 39 to 48 tokens: two batches
+    backwards = model.score(prompts[::-1], ["CLOUD", "RIVE", "HOU", "TR"])
+    torch.testing.assert_close(backwards, scores.flip(0), atol=1e-5, rtol=1e-5)
     assert model.score([], []).shape == (0,)
     with pytest.raises(ValueError, match="got 1 and 2"):
         model.score(["a"], ["b", "c"])

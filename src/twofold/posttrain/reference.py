@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from twofold.models import EncoderDecoder
@@ -75,7 +75,7 @@ class ReferenceFile(Callback):
         path = run.output / FILE
         partial = path.with_suffix(".partial")
         named = dict(zip(("train", "held_out"), self._tensors, strict=False))
-        save_file(named, partial, metadata={"data": self._data})
+        partial.write_bytes(save(named, metadata={"data": self._data}))
         partial.replace(path)
 
 
