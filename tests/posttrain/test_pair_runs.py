@@ -10,11 +10,12 @@ import torch
 import yaml
 
 import twofold
+from tests.models.tiny import build, pair_config, stack
 from tests.posttrain.tiny_pairs import RECORDS, dpo_recipe, reward_recipe, values_of_recipe
 from tests.train.conftest import one_thread  # noqa: F401
 from tests.train.ranks import on_ranks
 from tests.train.test_loop import StopAfter, optimizer_tensors
-from tests.train.tiny_run import tiny_model
+from tests.train.tiny_run import byte_tokenizer, tiny_model
 from tests.train.tiny_teacher import save_donor
 from twofold.checkpoint.save import save
 from twofold.cli.train import train_command
@@ -164,6 +165,18 @@ def test_a_reward_model_is_averaged_and_opened_like_a_pair(tmp_path):
     torch.testing.assert_close(weights[2], (weights[0] + weights[1]) / 2)
     assert not torch.equal(weights[3], weights[1])
     assert torch.equal(weights[1], last.head.out_proj.weight)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "train"), [(dpo_recipe, train_preferences), (reward_recipe, train_reward)]
+)
+def test_ids_without_an_embedding_stop_before_the_first_step(recipe, train, tmp_path):
+    model = build(pair_config(stack(vocab_size=200, max_position_embeddings=128)))
+    model.tokenizer = byte_tokenizer()  # of 259
+    save(model, tmp_path / "start")
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(record) + "\n" for record in RECORDS))
+    with pytest.raises(ValueError, match="the tokenizer gives id 220, the model has 200 embeddings"):
+        train(recipe(tmp_path))
 
 
 @pytest.mark.parametrize("stage", ["dpo", "reward"])
