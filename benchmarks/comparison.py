@@ -9,8 +9,8 @@ ROUGE-L), answers from a text (SQuAD, F1), sentiment (SST-2, accuracy). Training
 AdversarialQA, Quoref and DuoRC, Amazon's and Yelp's reviews from P3, brought into the wording that is evaluated.
 
 Every step leaves its files in `--work`; one that was stopped goes on there. `--quick` trains two steps and evaluates a
-few examples, to see that everything runs: minutes, since models are made and timed all the same. `--out` gets the report:
-index.html, pictures, frontier.json.
+few examples, to see that everything runs: minutes, since models are made and timed all the same. `--out` gets the
+report: index.html, pictures, frontier.json.
 """
 
 from __future__ import annotations
