@@ -40,6 +40,8 @@ def test_there_are_commands_for_every_verb():
         "average",
         "export",
         "bench",
+        "eval",
+        "frontier",
     }
 
 
