@@ -6,6 +6,7 @@ import os
 import pty
 import subprocess
 import sys
+from contextlib import suppress
 from itertools import islice
 
 import pytest
@@ -243,9 +244,11 @@ def test_one_text_is_streamed_to_a_terminal(pair):
     os.close(theirs)
     assert result.returncode == 0, result.stderr
     written = b""
-    while not written.endswith(b"\r\n"):
-        written += os.read(ours, 10_000)
+    with suppress(OSError):  # where everything is read, and nobody writes any more
+        while read := os.read(ours, 10_000):
+            written += read
     os.close(ours)
+    written = written.removesuffix(b"\x1b[0m")  # of colorama, which PyTorch starts where it is installed
     completion = twofold.Engine(twofold.load(pair), device="cpu").generate(["hello"], max_new_tokens=20)[0]
     assert written.replace(b"\r\n", b"\n").decode() == completion.text + "\n"
 
