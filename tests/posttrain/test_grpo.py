@@ -1,4 +1,4 @@
-"""Advantages, losses, gradients and metrics of GRPO and its relatives against one answer at a time, in plain PyTorch."""
+"""Advantages, losses, gradients and metrics of GRPO and relatives against one answer at a time, in plain PyTorch."""
 
 import math
 import statistics

@@ -31,7 +31,7 @@ def score(completions, records=None, prompt="p", **values):
         for n, record in enumerate(records)
     ]
     rewards = Rewards([config(**values)])
-    return list(rewards.score(prompts, completions).by_name.values())[0].tolist()
+    return next(iter(rewards.score(prompts, completions).by_name.values())).tolist()
 
 
 @pytest.mark.parametrize(
