@@ -63,8 +63,8 @@ class RolloutEngine:
             is_first = self._engine is None
             if self._has_copy:
                 if is_first:
-                    self.policy = _empty_copy(self._model, self._dtype, self._world.device)
-                _fill(self.policy, self._model)
+                    self.policy = empty_copy(self._model, self._dtype, self._world.device)
+                copy_weights(self.policy, self._model)
             if is_first:
                 self._engine = self._new_engine()
             elif self._config.backend == "openvino":
@@ -137,7 +137,7 @@ def answer_seed(seed: int, rollout: int, draw: int) -> int:
     return int(found >> np.uint64(2))
 
 
-def _empty_copy(model: EncoderDecoder, dtype: torch.dtype, device: torch.device) -> EncoderDecoder:
+def empty_copy(model: EncoderDecoder, dtype: torch.dtype, device: torch.device) -> EncoderDecoder:
     """A model of the same shape, frozen, in eval mode; its weights are whatever was in memory."""
     with torch.device("meta"):
         copy = EncoderDecoder(model.config)
@@ -148,7 +148,7 @@ def _empty_copy(model: EncoderDecoder, dtype: torch.dtype, device: torch.device)
 
 
 @torch.no_grad()
-def _fill(copy: EncoderDecoder, model: EncoderDecoder) -> None:
+def copy_weights(copy: EncoderDecoder, model: EncoderDecoder) -> None:
     """Give the copy the weights and masks of the model, in place: graphs go on reading them there."""
     if copy.config.encoder_mask != model.config.encoder_mask or (
         copy.config.encoder_future_share != model.config.encoder_future_share
