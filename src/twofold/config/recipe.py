@@ -12,6 +12,7 @@ from typing import Any, Literal, Self, TypeVar
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
+from twofold.config.adapter import AdapterConfig
 from twofold.config.base import Config
 from twofold.config.data import DataConfig
 from twofold.config.distillation import DistillationConfig
@@ -126,6 +127,9 @@ class TrainSettings(Config):
     opening: OpeningConfig | None = None
     """How the encoder goes from the masks the model comes with to open ones. null: masks stay as they are."""
 
+    adapter: AdapterConfig | None = None
+    """Train a low-rank adapter instead of the model. null: everything trains."""
+
     precision: Literal["float32", "bfloat16"] = "float32"
     """`bfloat16` computes under autocast; weights, gradients and optimizer stay in float32."""
 
@@ -211,6 +215,21 @@ class TrainSettings(Config):
             raise ValueError(
                 f"average_last={self.average_last} needs as many checkpoints, but {self.steps} steps with "
                 f"save_every={self.save_every} give {num_saved}; lower save_every"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _adapter_fits(self) -> Self:
+        if self.adapter is None:
+            return self
+        if self.average_last is not None:
+            raise ValueError(
+                f"average_last={self.average_last} averages whole checkpoints, and those of a run with an adapter hold "
+                "the adapter alone; use ema_decay instead"
+            )
+        if self.opening is not None and not self.adapter.merge:
+            raise ValueError(
+                "opening changes the masks of the model, which an adapter does not carry; set adapter.merge=true"
             )
         return self
 

@@ -11,9 +11,10 @@ from typing import Any, Protocol
 
 import torch
 
-from twofold.config.recipe import TrainSettings
+from twofold.config.recipe import Run, TrainSettings
 from twofold.data import Batch
 from twofold.models import EncoderModel
+from twofold.train.adapters import add_adapter, has_adapter, save_adapter
 from twofold.train.averaging import AverageWeights, average_checkpoints
 from twofold.train.blocks import checkpoint_activations, compile_blocks, restore_blocks
 from twofold.train.callbacks import Callback, RunStart, TrainResult
@@ -23,6 +24,7 @@ from twofold.train.checkpointing import (
     changed_settings,
     last_checkpoints,
     latest_checkpoint,
+    parameters_kept,
     read_state,
     restore_checkpoint,
     save_model,
@@ -99,8 +101,8 @@ def fit(
     """Train a model that is in memory.
 
     Writes into `output`: metrics.jsonl, loss.png, tensorboard/, checkpoints/, and at the end model/, with model-ema/
-    and model-average/ where the settings ask for them. The first SIGTERM or SIGINT, on any rank, lets the current
-    step end, saves a checkpoint and returns.
+    and model-average/ where the settings ask for them; with an adapter also adapter/ and adapter-ema/. The first
+    SIGTERM or SIGINT, on any rank, lets the current step end, saves a checkpoint and returns.
 
     Args:
         model: float32; trained in place, on the device of the settings, and left there in eval mode.
@@ -112,7 +114,8 @@ def fit(
         output: a folder that does not exist or is empty, unless `resume`. Every rank sees the same folder.
         callbacks: watchers, called on the rank they are given to; checkpoints are announced on rank 0.
         resume: go on from the newest checkpoint in `output`, as the run that never stopped: bit for bit on
-            the CPU with the same number of ranks. Where `output` does not exist, the run begins.
+            the CPU with the same number of ranks. Where `output` does not exist, the run begins. With an adapter,
+            `model` must be the one the run began with: checkpoints do not hold it.
         world: the processes of the run, where the caller has started it. None: `start_world`.
         objective: makes what a step minimises, of the model and the settings' precision. Default: the likelihood of
             the labels; `functools.partial(LossModule, teacher=...)`: what a teacher says. Other models than an
@@ -135,6 +138,8 @@ def fit(
     ):
         checkpoint = world.from_main(lambda: find_start(output, resume=resume))
         state = new_state(settings, checkpoint)
+        if settings.adapter is not None:
+            add_adapter(model, settings.adapter, seed=settings.seed, base=_base_of(settings))
         module = objective(model, settings.precision)
         trainer = Trainer(module, train_loader, held_out_loader, settings, output, state, callbacks, world)
         cleanup.callback(model.eval)
@@ -171,6 +176,12 @@ def find_start(output: Path, *, resume: bool) -> Path | None:
             "start anew"
         )
     return checkpoint
+
+
+def _base_of(settings: TrainSettings) -> str | None:
+    """The model's checkpoint, where a recipe names one."""
+    path = settings.model.path if isinstance(settings, Run) else None
+    return str(Path(path).resolve()) if path is not None and Path(path).exists() else path
 
 
 def new_state(settings: TrainSettings, checkpoint: Path | None) -> TrainerState:
@@ -242,7 +253,7 @@ class Trainer:
             self._opening = Opening(settings.opening, first, settings.seed)
         self.average: AverageWeights | None = None
         if settings.ema_decay is not None:
-            self.average = AverageWeights(dict(model.named_parameters()), settings.ema_decay)
+            self.average = AverageWeights(parameters_kept(model, self.parameters), settings.ema_decay)
         self._train_loader = train_loader
         self._held_out_loader = held_out_loader
         self._settings = settings
@@ -375,8 +386,7 @@ class Trainer:
     def _finish(self, checkpoint: Path, seconds: float, *, is_finished: bool) -> TrainResult:
         model_path = None
         if is_finished:
-            model_path = self._output / "model"  # an older one is this run's own, from before `steps` grew
-            save_model(self.model, model_path, self._world)
+            model_path = self._write("")
             self._save_averages()
         result = TrainResult(
             output=self._output,
@@ -393,11 +403,27 @@ class Trainer:
             callback.on_end(result)
         return result
 
+    def _write(self, suffix: str) -> Path:
+        """The weights of now as adapter<suffix>/ and model<suffix>/; older ones are this run's own, from before `steps`
+        grew.
+
+        Returns:
+            The model's folder, or the adapter's where it is not merged.
+        """
+        path = self._output / f"model{suffix}"
+        if has_adapter(self.model):
+            adapter_path = self._output / f"adapter{suffix}"
+            save_adapter(self.model, adapter_path, self._world)
+            if self._settings.adapter is not None and not self._settings.adapter.merge:
+                return adapter_path
+        save_model(self.model, path, self._world)
+        return path
+
     def _save_averages(self) -> None:
         """The moving average, and the mean of the last checkpoints, as models beside the last weights."""
         if self.average is not None:
             with self.average.swapped():
-                save_model(self.model, self._output / "model-ema", self._world)
+                self._write("-ema")
         n_last = self._settings.average_last
         if n_last is not None:
             # The others wait, so that the run is over when it returns anywhere.
