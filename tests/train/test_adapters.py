@@ -297,7 +297,8 @@ def _train(folder):
 
 
 def two_rank_recipe(folder, name):
-    return recipe(folder, steps=3, adapter={"rank": 2, "kind": "dora"}, output=str(folder / name))
+    adapter, samples = {"rank": 2, "kind": "dora"}, {"count": 2, "max_new_tokens": 4}
+    return recipe(folder, steps=3, adapter=adapter, samples=samples, output=str(folder / name))
 
 
 def test_two_ranks_do_what_one_does(tmp_path):
@@ -305,6 +306,7 @@ def test_two_ranks_do_what_one_does(tmp_path):
     for losses, held_out in on_ranks(_train, 2, tmp_path):
         assert losses == pytest.approx(one.losses, rel=3e-6)
         assert [loss for _, loss in held_out] == pytest.approx([loss for _, loss in one.held_out], rel=3e-6)
+    assert (tmp_path / "ranks" / "samples.jsonl").read_text() == (one.output / "samples.jsonl").read_text()
     for name in ("model/model.safetensors", "adapter/adapter_model.safetensors"):
         ours, theirs = load_file(tmp_path / "ranks" / name), load_file(one.output / name)
         assert ours.keys() == theirs.keys()

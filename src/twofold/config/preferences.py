@@ -191,4 +191,6 @@ class RewardRecipe(PairRun):
             raise ValueError(
                 "a reward model has no LM head and is read whole: adapter.lm_head must be false and adapter.merge true"
             )
+        if self.samples is not None:
+            raise ValueError("a reward model writes nothing, so it has no samples to show; set samples=null")
         return self

@@ -18,6 +18,7 @@ from twofold.config.data import DataConfig
 from twofold.config.distillation import DistillationConfig
 from twofold.config.model import EncoderMask
 from twofold.config.opening import OpeningConfig
+from twofold.config.watching import EarlyStoppingConfig, SamplesConfig
 
 
 class AdaptConfig(Config):
@@ -143,6 +144,12 @@ class TrainSettings(Config):
     evaluate_every: int | None = Field(default=None, ge=1)
     """Steps between evaluations, beside those before the first and after the last step."""
 
+    early_stopping: EarlyStoppingConfig | None = None
+    """End before `steps` where evaluations no longer improve. null: never."""
+
+    samples: SamplesConfig | None = None
+    """Show what the model answers, at every evaluation. null: nothing is shown."""
+
     save_every: int | None = Field(default=None, ge=1)
     """Steps between checkpoints, beside the one after the last step."""
 
@@ -216,6 +223,12 @@ class TrainSettings(Config):
                 f"average_last={self.average_last} needs as many checkpoints, but {self.steps} steps with "
                 f"save_every={self.save_every} give {num_saved}; lower save_every"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _evaluations_come(self) -> Self:
+        if self.early_stopping is not None and self.evaluate_every is None:
+            raise ValueError("early_stopping looks at evaluations during the run; set evaluate_every")
         return self
 
     @model_validator(mode="after")

@@ -75,6 +75,9 @@ class TrainerState:
     first_masks: dict[str, Any] | None = None
     """Masks of the encoder before the first step, see `train.opening.Masks`; None where nothing is opened."""
 
+    best: dict[str, Any] | None = None
+    """The best evaluation, see `train.stopping.Best`; None where the run does not look for one."""
+
     parameter_steps: dict[str, int] = field(default_factory=dict)
     """Updates of every parameter that has had one; they differ where phases train different ones."""
 
