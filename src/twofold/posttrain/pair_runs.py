@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from twofold.config import EncoderDecoderConfig
 from twofold.config.preferences import PairData, PairRun, PreferenceRecipe, RewardRecipe
 from twofold.data import BuildProgress, Convention
 from twofold.models import EncoderDecoder, EncoderModel
+from twofold.posttrain.build import Made, build_on_ranks
 from twofold.posttrain.pairs import Collate, PairLoader, Pairs, open_pairs, pair_reader
 from twofold.posttrain.preferences import PreferenceObjective, Reference, collate_pairs
 from twofold.posttrain.reference import (
@@ -28,8 +29,6 @@ from twofold.train.callbacks import Callback, TrainResult
 from twofold.train.loop import fit
 from twofold.train.run import RunFiles, build_model, check_lengths, find_checked_start, weights_of
 from twofold.train.world import World, start_world
-
-Made = TypeVar("Made", bound=EncoderModel)
 
 
 def train_preferences(
@@ -111,18 +110,13 @@ def _build(
     make_empty: Callable[[EncoderDecoderConfig], Made],
     check: Callable[[EncoderDecoderConfig], None],
 ) -> tuple[Made, Pairs]:
-    """Model and pairs of one rank. Rank 0 alone reads weights, and comes first; the others' model is on the meta
-    device."""
+    """Model and pairs of one rank, see `build_on_ranks`."""
 
     def tell_progress(progress: BuildProgress) -> None:
         for callback in callbacks:
             callback.on_tokenise(progress)
 
     def read(model: Made) -> Pairs:
-        if model.tokenizer is None:
-            raise ValueError(
-                "the model has no tokenizer, so text cannot be read; put tokenizer files into its folder"
-            )
         check(model.config)
         convention = Convention.of(model.config)
         progress = tell_progress if world.is_main else None
@@ -132,22 +126,12 @@ def _build(
             callback.on_data(pairs.report)
         return pairs
 
-    built: list[tuple[Made, Pairs]] = []
-
-    def build_first() -> tuple[EncoderDecoderConfig, Any]:
+    def make_checked() -> Made:
         for source in (*recipe.data.sources, *recipe.data.held_out):
             pair_reader(source)  # finds missing files before the model is loaded
-        model = make()
-        built.append((model, read(model)))
-        return model.config, model.tokenizer
+        return make()
 
-    config, tokenizer = world.from_main(build_first)
-    if not world.is_main:
-        with torch.device("meta"):
-            model = make_empty(config)
-        model.tokenizer = tokenizer
-        built.append((model.eval(), read(model)))
-    return built[0]
+    return build_on_ranks(world, make=make_checked, make_empty=make_empty, read=read)
 
 
 def _loaders(

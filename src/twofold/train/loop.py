@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -336,7 +336,7 @@ class Trainer:
         )
 
     def _step(self) -> None:
-        settings, step = self._settings, self._state.step + 1
+        settings, step, started = self._settings, self._state.step + 1, time.perf_counter()
         is_warmup = step <= settings.cross_attention_warmup_steps
         set_phase(self.parameters, self._cross_attention if is_warmup else self._everything)
         self.module.train()
@@ -356,6 +356,8 @@ class Trainer:
         )
         if self.average is not None:
             self.average.update()
+        # With what came before the update: waiting for data, or writing it.
+        result = replace(result, seconds=time.perf_counter() - started)
         self._state.step = step
         self._set_masks()
         self._state.losses.append(result.loss)
