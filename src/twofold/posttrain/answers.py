@@ -5,14 +5,14 @@ B: sources. S: source positions. R: answers of all sources. T: decoder positions
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from twofold.data import Batch
-from twofold.data.batch import IGNORE_INDEX
+from twofold.data.batch import IGNORE_INDEX, Texts
 from twofold.data.convention import Example
 from twofold.models import EncoderDecoder
 from twofold.train.loss import chunked_logprobs
@@ -29,6 +29,14 @@ class AnswersBatch(Batch):
     @property
     def num_answers(self) -> int:
         return len(self.source_of)
+
+    def texts(self) -> Iterator[Texts]:
+        """Of every source its first answer."""
+        before = -1
+        for row, n in enumerate(self.source_of.tolist()):
+            if n != before:
+                yield self._texts(self.input_ids[n][self.segment_ids[n] == 1], row, 1)
+            before = n
 
 
 def answer_tensors(answers: Sequence[Sequence[Example]], pad_token_id: int) -> dict[str, Tensor]:

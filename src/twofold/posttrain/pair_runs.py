@@ -17,11 +17,17 @@ from twofold.models import EncoderDecoder, EncoderModel
 from twofold.posttrain.build import Made, build_on_ranks
 from twofold.posttrain.pairs import Collate, PairLoader, Pairs, open_pairs, pair_reader
 from twofold.posttrain.preferences import PreferenceObjective, Reference, collate_pairs
-from twofold.posttrain.reference import ReferenceFile, ReferenceModel, compute_reference, read_reference
+from twofold.posttrain.reference import (
+    AdapterOff,
+    ReferenceFile,
+    ReferenceModel,
+    compute_reference,
+    read_reference,
+)
 from twofold.posttrain.reward import RewardModel, RewardObjective, collate_texts, load_reward_model
 from twofold.train.callbacks import Callback, TrainResult
 from twofold.train.loop import fit
-from twofold.train.run import RunFiles, build_model, check_lengths, find_checked_start
+from twofold.train.run import RunFiles, build_model, check_lengths, find_checked_start, weights_of
 from twofold.train.world import World, start_world
 
 
@@ -40,7 +46,7 @@ def train_preferences(
             recipe,
             world,
             callbacks,
-            make=lambda: build_model(recipe.model, checkpoint),
+            make=lambda: build_model(recipe.model, weights_of(recipe, checkpoint)),
             make_empty=EncoderDecoder,
             check=lambda config: check_lengths(data.source_length, data.target_length, config),
         )
@@ -49,8 +55,10 @@ def train_preferences(
         reference: Reference | None = None
         watchers = list(callbacks)
         if recipe.preference.kind != "orpo" and recipe.preference.reference == "model":
-            frozen = build_model(recipe.model)
-            reference = ReferenceModel(frozen, recipe.precision, world.device)
+            if recipe.adapter is None:
+                reference = ReferenceModel(build_model(recipe.model), recipe.precision, world.device)
+            else:
+                reference = AdapterOff(model, recipe.precision)
         elif recipe.preference.kind != "orpo":
             known, name = _precomputed(
                 recipe, world, model, loaders, output, is_resumed=checkpoint is not None
@@ -75,8 +83,9 @@ def train_reward(
         checkpoint = world.from_main(lambda: find_checked_start(recipe, output, resume=resume))
 
         def make() -> RewardModel:
-            if checkpoint is not None:
-                return load_reward_model(checkpoint, dtype=torch.float32)
+            weights = weights_of(recipe, checkpoint)
+            if weights is not None:
+                return load_reward_model(weights, dtype=torch.float32)
             return RewardModel.of_pair(build_model(recipe.model), recipe.seed)
 
         model, pairs = _build(
