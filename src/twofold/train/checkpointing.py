@@ -3,6 +3,7 @@
 ```
 output/checkpoints/step-000100/
     config.json, tokenizer files, shard-*.safetensors  what twofold.load reads
+    history.json, README.md                            what was done so far
     optimizer/shard-*.safetensors                      <parameter>.exp_avg, .exp_avg_sq
     average/shard-*.safetensors                        the moving average of the weights, where a run keeps one
     trainer.json                                       step, loader, losses, settings
@@ -29,6 +30,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from twofold.checkpoint.card import write_card
 from twofold.checkpoint.save import CheckpointWriter
 from twofold.checkpoint.shards import ShardsSource
 from twofold.checkpoint.tensors import TensorSource, read_json
@@ -70,6 +72,9 @@ class TrainerState:
 
     first_masks: dict[str, Any] | None = None
     """Masks of the encoder before the first step, see `train.opening.Masks`; None where nothing is opened."""
+
+    reports: dict[str, dict[str, float]] = field(default_factory=dict)
+    """What the objective said last, loss included, by `train`, `held_out` and `held_out_average`."""
 
     parameter_steps: dict[str, int] = field(default_factory=dict)
     """Updates of every parameter that has had one; they differ where phases train different ones."""
@@ -199,6 +204,8 @@ def _begin(partial: Path, model: EncoderModel, state: TrainerState) -> None:
         (partial / "optimizer").mkdir(parents=True)
         config = model.config.model_dump(mode="json") | {"architectures": [type(model).__name__]}
         (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        if model.history is not None:
+            write_card(partial, model.history, model.config, architecture=type(model).__name__)
         if model.tokenizer is not None:
             model.tokenizer.save_pretrained(partial)
         with (partial / "trainer.json").open("w", encoding="utf-8") as file:
@@ -275,6 +282,7 @@ def save_model(model: EncoderModel, path: Path, world: World) -> None:
         return
     with CheckpointWriter(path, overwrite=True) as writer:
         writer.write_config(model.config, type(model).__name__)
+        writer.write_card(model.history, model.config, type(model).__name__)
         writer.write_tensors([(name, tuple(p.shape), p.dtype) for name, p in parameters], tensors)
         if model.tokenizer is not None:
             model.tokenizer.save_pretrained(writer.folder)

@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 
+from twofold.config.history import History
 from twofold.config.recipe import TrainSettings
 from twofold.data import Batch
 from twofold.models import EncoderModel
@@ -31,6 +32,7 @@ from twofold.train.evaluate import Evaluation, evaluate
 from twofold.train.opening import Masks, Opening
 from twofold.train.optimizer import cross_attention_names, new_optimizer, set_phase, trainable_parameters
 from twofold.train.parallel import shard
+from twofold.train.phase import history_before, training_phase
 from twofold.train.schedule import learning_rate_factor
 from twofold.train.signals import StopRequest, stop_on_signals
 from twofold.train.step import LossModule, Objective, Precision, train_step
@@ -135,8 +137,11 @@ def fit(
     ):
         checkpoint = world.from_main(lambda: find_start(output, resume=resume))
         state = new_state(settings, checkpoint)
+        before = history_before(model, checkpoint)
         module = objective(model, settings.precision)
-        trainer = Trainer(module, train_loader, held_out_loader, settings, output, state, callbacks, world)
+        trainer = Trainer(
+            module, train_loader, held_out_loader, settings, output, state, callbacks, world, before
+        )
         cleanup.callback(model.eval)
         cleanup.callback(restore_blocks, model)
         cleanup.callback(set_phase, trainer.parameters, set(trainer.parameters))
@@ -211,7 +216,9 @@ class Trainer:
         state: TrainerState,
         callbacks: Sequence[Callback],
         world: World,
+        before: History,
     ) -> None:
+        """`before`: what was done to the model before this run, for its card. The others are as for `fit`."""
         if train_loader.num_streams != settings.accumulate_batches:
             raise ValueError(
                 f"the loader gives {train_loader.num_streams} batches a step, accumulate_batches is "
@@ -248,6 +255,7 @@ class Trainer:
         self._settings = settings
         self._output = output
         self._state = state
+        self._before = before
         self._saver = CheckpointSaver(output, world, keep=settings.keep_checkpoints)
         self.callbacks: list[Callback] = []
         if world.is_main:
@@ -335,6 +343,7 @@ class Trainer:
         self._state.step = step
         self._set_masks()
         self._state.losses.append(result.loss)
+        self._state.reports["train"] = {"loss": result.loss, **result.metrics}
         self._state.tokens += result.real_tokens
         for callback in self.callbacks:
             callback.on_step(step, result)
@@ -348,12 +357,14 @@ class Trainer:
         assert self._held_out_loader is not None
         evaluation: Evaluation = evaluate(self.module, self._held_out_loader.one_pass(), self._world)
         self._state.held_out.append((self._state.step, evaluation.loss))
+        self._state.reports["held_out"] = {"loss": evaluation.loss, **evaluation.metrics}
         for callback in self.callbacks:
             callback.on_evaluation(self._state.step, evaluation)
         if self.average is None:
             return
         with self.average.swapped():
             evaluation = evaluate(self.module, self._held_out_loader.one_pass(), self._world)
+        self._state.reports["held_out_average"] = {"loss": evaluation.loss, **evaluation.metrics}
         for callback in self.callbacks:
             callback.on_average_evaluation(self._state.step, evaluation)
 
@@ -364,6 +375,7 @@ class Trainer:
         streams = {name: stream for part in parts for name, stream in part["streams"].items()}
         self._state.loader = {**parts[0], "streams": streams}
         averages = None if self.average is None else self.average.tensors
+        self._write_history("last")
         return self._saver.start(self.model, self.optimizer, self.parameters, self._state, averages)
 
     def _await_save(self) -> None:
@@ -376,8 +388,10 @@ class Trainer:
         model_path = None
         if is_finished:
             model_path = self._output / "model"  # an older one is this run's own, from before `steps` grew
+            self._write_history("last")
             save_model(self.model, model_path, self._world)
             self._save_averages()
+            self._write_history("last")
         result = TrainResult(
             output=self._output,
             step=self._state.step,
@@ -396,6 +410,7 @@ class Trainer:
     def _save_averages(self) -> None:
         """The moving average, and the mean of the last checkpoints, as models beside the last weights."""
         if self.average is not None:
+            self._write_history("moving average")
             with self.average.swapped():
                 save_model(self.model, self._output / "model-ema", self._world)
         n_last = self._settings.average_last
@@ -406,6 +421,20 @@ class Trainer:
                     last_checkpoints(self._output, n_last), self._output / "model-average", overwrite=True
                 )
             )
+
+    def _write_history(self, weights: Literal["last", "moving average"]) -> None:
+        """Into the model, which is saved with it. Rank 0 alone writes."""
+        if self._world.is_main:
+            phase = training_phase(
+                self._state,
+                loader=self._train_loader,
+                held_out_loader=self._held_out_loader,
+                num_parameters=sum(p.numel() for p in self.model.parameters()),
+                num_trainable=sum(p.numel() for p in self.parameters.values()),
+                device=self._describe_devices(),
+                weights=weights,
+            )
+            self.model.history = self._before.then(phase)
 
     def _announce(self) -> None:
         run = RunStart(
