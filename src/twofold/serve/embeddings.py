@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
+from functools import partial
 from typing import Any
 
-import numpy as np
 from fastapi import APIRouter
 from fastapi import Request as HttpRequest
 from fastapi.responses import JSONResponse, Response
@@ -37,18 +38,23 @@ def embeddings_router(service: Service) -> APIRouter:
         async with service.beside(served, len(texts)) as run:
             for start in range(0, len(texts), _GROUP):
                 group = texts[start : start + _GROUP]
-                vectors, n = await run(lambda group=group: _embed(served, group, most))
+                vectors, n = await run(partial(_embed, served, group, most, body.encoding_format))
                 n_tokens += n
-                for index, vector in enumerate(vectors, start=start):
-                    value = _encoded(vector) if body.encoding_format == "base64" else vector.tolist()
-                    data.append({"object": "embedding", "index": index, "embedding": value})
+                data += (
+                    {"object": "embedding", "index": index, "embedding": vector}
+                    for index, vector in enumerate(vectors, start=start)
+                )
         used = {"prompt_tokens": n_tokens, "total_tokens": n_tokens}
-        return JSONResponse({"object": "list", "data": data, "model": served.name, "usage": used})
+        reply = {"object": "list", "data": data, "model": served.name, "usage": used}
+        return await asyncio.to_thread(JSONResponse, reply)  # many numbers, which take time to write
 
     return router
 
 
-def _embed(served: Served, texts: list[str], most: int | None) -> tuple[np.ndarray[Any, Any], int]:
+def _embed(
+    served: Served, texts: list[str], most: int | None, encoding: str | None
+) -> tuple[list[list[float] | str], int]:
+    """Vectors as they are sent, and the number of tokens read."""
     lengths = [len(encode(served.engine.tokenizer, text)) for text in texts]
     if most is not None and max(lengths) > most:
         raise bad_request(
@@ -56,8 +62,7 @@ def _embed(served: Served, texts: list[str], most: int | None) -> tuple[np.ndarr
             param="input",
             code="context_length_exceeded",
         )
-    return served.engine.embed(texts).numpy(), sum(lengths)
-
-
-def _encoded(vector: np.ndarray[Any, Any]) -> str:
-    return base64.b64encode(vector.astype("<f4").tobytes()).decode()
+    vectors = served.engine.embed(texts).numpy()
+    if encoding == "base64":
+        return [base64.b64encode(vector.astype("<f4").tobytes()).decode() for vector in vectors], sum(lengths)
+    return vectors.tolist(), sum(lengths)

@@ -72,8 +72,8 @@ class Guard:
             logger.exception("request failed", extra={"facts": dict(known)})
             if status:
                 raise  # the answer has begun: all that is left is to break it off
-            error = ApiError(500, f"the server failed; its log says more about request {request_id}")
-            await error.response()(scope, receive, noting)
+            failure = ApiError(500, f"the server failed; its log says more about request {request_id}")
+            await failure.response()(scope, receive, noting)
         finally:
             self._note(scope, status, time.perf_counter() - started)
 

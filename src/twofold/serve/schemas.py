@@ -161,6 +161,14 @@ class Generation(Body):
     safety_identifier: Harmless = None
     prompt_cache_key: Harmless = None
 
+    @model_validator(mode="after")
+    def _streams(self) -> Generation:
+        if self.stream_options is not None and not self.stream:
+            raise PydanticCustomError(
+                "stream_options", "needs stream to be true", {"param": "stream_options"}
+            )
+        return self
+
     @property
     def n_rows(self) -> int:
         """Samples or beams of each prompt."""

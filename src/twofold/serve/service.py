@@ -167,11 +167,7 @@ class Service:
         """
         work = Work(self, served, n_answers, facts)
         try:
-            if needs_grammar:
-                async with served.grammars:
-                    await work.submit(make_requests)
-            else:
-                await work.submit(make_requests)
+            await work.submit(make_requests, turn=served.grammars if needs_grammar else None)
         except BaseException:
             work.close()
             raise
