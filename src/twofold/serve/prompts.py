@@ -110,7 +110,8 @@ def engine_request(
     if new_tokens is not None and new_tokens > free:
         raise _too_long(
             f"the prompt has {len(source) + len(prefix)} tokens and {new_tokens} are asked for, where the decoder "
-            f"has positions for {free} more; shorten the prompt or lower max_tokens"
+            f"has positions for {free} more; shorten the prompt or lower max_tokens",
+            param="max_tokens",
         )
     if logprobs is not None and logprobs > settings.max_logprobs:
         raise bad_request(f"at most {settings.max_logprobs} most likely tokens are reported, got {logprobs}")
@@ -186,5 +187,5 @@ def _sampling(asked: Generation, seed: int) -> Sampling:
     )
 
 
-def _too_long(message: str) -> ApiError:
-    return bad_request(message, param="prompt", code="context_length_exceeded")
+def _too_long(message: str, param: str = "prompt") -> ApiError:
+    return bad_request(message, param=param, code="context_length_exceeded")
