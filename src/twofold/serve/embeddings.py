@@ -14,9 +14,11 @@ from fastapi.responses import JSONResponse, Response
 from twofold.data.tokenize import encode
 from twofold.serve.errors import bad_request
 from twofold.serve.guard import facts
+from twofold.serve.prompts import refuse_endless
 from twofold.serve.replies import ERRORS, EmbeddingReply
 from twofold.serve.schemas import EmbeddingRequest
 from twofold.serve.service import Served, Service
+from twofold.serve.settings import ServeSettings
 
 _GROUP = 8
 """Texts that are encoded between two looks at whether the client still waits."""
@@ -32,13 +34,12 @@ def embeddings_router(service: Service) -> APIRouter:
         served = service.model(body.model)
         texts = [body.input] if isinstance(body.input, str) else body.input
         facts(request.scope).update(model=served.name, texts=len(texts))
-        most = service.settings.max_prompt_tokens
         data: list[dict[str, Any]] = []
         n_tokens = 0
         async with service.beside(served, len(texts)) as run:
             for start in range(0, len(texts), _GROUP):
                 group = texts[start : start + _GROUP]
-                vectors, n = await run(partial(_embed, served, group, most, body.encoding_format))
+                vectors, n = await run(partial(_embed, served, service.settings, group, body.encoding_format))
                 n_tokens += n
                 data += (
                     {"object": "embedding", "index": index, "embedding": vector}
@@ -52,10 +53,13 @@ def embeddings_router(service: Service) -> APIRouter:
 
 
 def _embed(
-    served: Served, texts: list[str], most: int | None, encoding: str | None
+    served: Served, settings: ServeSettings, texts: list[str], encoding: str | None
 ) -> tuple[list[list[float] | str], int]:
     """Vectors as they are sent, and the number of tokens read."""
+    for text in texts:
+        refuse_endless(served, settings, [text])
     lengths = [len(encode(served.engine.tokenizer, text)) for text in texts]
+    most = settings.max_prompt_tokens
     if most is not None and max(lengths) > most:
         raise bad_request(
             f"a text has {max(lengths)} tokens, this server's max_prompt_tokens are {most}; shorten or split it",
