@@ -129,9 +129,10 @@ class Guard:
             ) from error
 
     def _note(self, scope: Scope, status: int, seconds: float) -> None:
-        route = scope.get("route")
-        # The path as it is declared: what clients make up must not become a label.
-        path = getattr(route, "path", "other")
+        # As it is declared: what clients make up must not become a label. One refused here has not found its route.
+        path = getattr(scope.get("route"), "path", None)
+        if path is None:
+            path = scope["path"] if scope["path"] in self._service.paths else "other"
         self._service.metrics.requests.labels(path, str(status)).inc()
         self._service.metrics.request_s.labels(path).observe(seconds)
         if path in _PROBES and status < 400:

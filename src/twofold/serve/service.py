@@ -66,6 +66,7 @@ class Service:
         settings: limits and keys.
 
     Attributes:
+        paths: of all routes, for log and figures.
         public_paths: that need no key; those that end in "/*" stand for all that begin so.
 
     Raises:
@@ -78,6 +79,7 @@ class Service:
         self.settings = settings
         self.models = {name: Served(name, engine, settings) for name, engine in models.items()}
         self.metrics = Metrics(self)
+        self.paths: frozenset[str] = frozenset()
         self.public_paths: set[str] = {"/health", "/ready", "/docs", "/openapi.json"}
         self.is_draining = False
         self.works: set[Work] = set()
