@@ -11,7 +11,7 @@ import openai
 import pytest
 
 from tests.serve.running import WAIT_S, make_engine, serving, until
-from twofold.infer import Request
+from twofold.infer import Request, Sampling
 from twofold.serve import ServeSettings, create_app
 
 LONG = {"model": "tiny", "max_tokens": 200, "temperature": 0, "stop_token_ids": []}
@@ -198,7 +198,7 @@ def events(reply):
 
 def test_time_is_up(byte_tokenizer):
     """504 for one that was being answered, 503 for one that waited; a stream that has begun says it in an event."""
-    engine = make_engine(byte_tokenizer, pause_s=PAUSE_S, batch_size=1)
+    engine = make_engine(byte_tokenizer, pause_s=PAUSE_S, batch_size=2)
     with serving({"tiny": engine}, ServeSettings(timeout_s=0.7)) as running, ThreadPoolExecutor() as pool:
 
         def ask(**options):
@@ -209,7 +209,8 @@ def test_time_is_up(byte_tokenizer):
         assert first.status_code == 504
         assert "took longer than 0.7 s" in first.json()["error"]["message"]
         until(lambda: is_idle(running))
-        in_the_way = engine.submit(Request(prompt="x", max_new_tokens=200, stop_token_ids=()))
+        both = {"n": 2, "sampling": Sampling(temperature=1.0)}
+        in_the_way = engine.submit(Request(prompt="x", max_new_tokens=200, stop_token_ids=(), **both))
         for future in [pool.submit(ask, stream=stream) for stream in (False, True)]:
             reply = future.result()
             assert reply.status_code == 503
@@ -217,6 +218,7 @@ def test_time_is_up(byte_tokenizer):
             assert int(reply.headers["retry-after"]) >= 1
         in_the_way.cancel()
         until(lambda: is_idle(running))
+        assert ask(num_beams=2).status_code == 504  # though nothing has come of it
         *begun, last = events(ask(stream=True))
         assert len(begun) > 3
         assert json.loads(last)["error"]["code"] == "timeout"
