@@ -63,6 +63,7 @@ def test_there_are_commands_for_every_verb():
         "bench",
         "eval",
         "frontier",
+        "serve",
     }
 
 
