@@ -1,7 +1,7 @@
 """The playground at /: a page that asks the server's own routes, and shows what an answer looked at in its source.
 
-The page is plain files under `page/`, sent as they are. It loads nothing from elsewhere, and its Content-Security-Policy
-lets it talk to this server only.
+The page is plain files under `page/`, sent as they are. It loads nothing from elsewhere, and its Content Security
+Policy lets it talk to this server only.
 """
 
 from __future__ import annotations

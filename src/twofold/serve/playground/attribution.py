@@ -133,7 +133,10 @@ def _reply(service: Service, served: Served, body: AttributionRequest) -> dict[s
         "source": {"text": found.source_text, "words": found.source_words},
         "answer": {"text": found.answer_text, "words": found.answer_words},
         "shape": list(found.weights.shape),
-        **{name: _numbers(getattr(found, name), is_base64) for name in ("weights", "sink", "own", "elsewhere")},
+        **{
+            name: _numbers(getattr(found, name), is_base64)
+            for name in ("weights", "sink", "own", "elsewhere")
+        },
     }
 
 

@@ -23,6 +23,8 @@ export class Answer {
     select.disabled = models.length < 2;
     if (side === "b" && models.length > 1) select.selectedIndex = 1;
     select.addEventListener("change", () => on.changed(side));
+    const shortest = Math.min(...models.map((model) => model.max_model_len));
+    this.#find(".max-tokens").defaultValue = Math.max(1, Math.min(256, Math.floor(shortest / 4)));
     this.#settings();
     this.#find(".copy").addEventListener("click", () => this.#copy());
   }
