@@ -185,16 +185,23 @@ def test_an_answer_streams_and_shows_what_it_read(open_page, served):
 
 
 def test_stop_keeps_what_was_written(open_page, served):
+    """And of a text longer than its pane, ticks at the side show where the marks are."""
     served.pace = 0.05
-    page = open_page()
-    page.fill("#document", DOCUMENT)
+    page = open_page(height=420)
+    page.fill("#document", f"{DOCUMENT} . " * 6)
     page.keyboard.press("Control+Enter")
     until(page, "document.querySelector('.answer .text').textContent.length > 20")
     page.click("#stop")
     page.wait_for_selector("#run")
     assert page.locator(".answer .stats").inner_text().split(" · ")[3].startswith("stopped")
     served.pace = 0.0
-    page.wait_for_selector(".answer .w")
+    page.locator(".answer .w").nth(1).hover()
+    until(page, "document.querySelectorAll('#ticks i').length > 0")
+    strong = sum(mark > 0.2 for mark in marks(page, "#reading"))
+    assert page.locator("#ticks i").count() == strong
+    tops = page.eval_on_selector_all("#ticks i", "ticks => ticks.map(tick => parseFloat(tick.style.top))")
+    assert tops == sorted(tops)
+    assert 0 < tops[0] <= tops[-1] < 100
     assert all(engine.loop.is_idle for engine in served.engines.values())
 
 

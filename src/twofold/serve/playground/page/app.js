@@ -13,7 +13,7 @@ let task = TASKS[0];
 let models = [];
 let answers = [];
 
-const reading = new Reading(find("reading"), {
+const reading = new Reading(find("reading"), find("ticks"), {
   enter: (word) => lens.point({ side: "source", word }), leave: () => lens.point(null), pin: (word) => lens.pin({ side: "source", word }),
 });
 const lens = new Lens(reading, () => answers);
@@ -52,7 +52,7 @@ function setDocument(text) {
 }
 
 function edit() {
-  find("reading").hidden = true;
+  find("frame").hidden = true;
   find("document").hidden = false;
   find("edit").hidden = true;
   find("lens").hidden = true;
@@ -61,10 +61,9 @@ function edit() {
 }
 
 function showReading(answer) {
-  const text = find("reading");
-  reading.show(answer.attention.source, answer.turns);
   find("document").hidden = true;
-  text.hidden = false;
+  find("frame").hidden = false;
+  reading.show(answer.attention.source, answer.turns);
   find("edit").hidden = false;
   find("count").textContent = "as the model read it";
 }

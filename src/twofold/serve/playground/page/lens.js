@@ -97,7 +97,7 @@ export class Lens {
   }
 
   #rest(maps) {
-    this.reading.words.mark(null);
+    this.reading.mark(null);
     for (const answer of this.answers()) answer.words.mark(null);
     const [answer, map] = maps.entries().next().value ?? [];
     if (!answer) return;
@@ -114,7 +114,7 @@ export class Lens {
     const values = numbers.map((number) => (number < 0 ? 0 : row[number]));
     const most = Math.max(...values, 0);
     this.strongest = most > 0 ? values.indexOf(most) : -1;
-    this.reading.words.mark(most > 0 ? values.map((value) => value / most) : null);
+    this.reading.mark(most > 0 ? values.map((value) => value / most) : null);
     for (const one of this.answers()) one.words.mark(null);
     const top = values.map((value, at) => [value, at]).filter(([value]) => value > 0.1 * most && value > 0);
     top.sort((x, y) => y[0] - x[0]);
@@ -125,7 +125,7 @@ export class Lens {
   }
 
   #fromSource(word, maps) {
-    this.reading.words.mark(null);
+    this.reading.mark(null);
     const lists = [];
     for (const [answer, map] of maps) {
       const number = this.reading.numbersIn(answer.attention.source, answer.turns)[word];

@@ -2,9 +2,11 @@
 
 import { WordText } from "./words.js";
 
+const TICK_FROM = 0.2;
+
 export class Reading {
-  constructor(place, on) {
-    this.place = place;
+  constructor(place, ticks, on) {
+    Object.assign(this, { place, ticks });
     this.words = new WordText(place, on);
   }
 
@@ -33,6 +35,19 @@ export class Reading {
       this.sameWords.set(source, found);
     }
     return this.sameWords.get(source);
+  }
+
+  // Marks words, and where they stand in a text that is longer than the pane.
+  mark(strengths) {
+    this.words.mark(strengths);
+    const { scrollHeight, clientHeight } = this.place;
+    const strong = scrollHeight > clientHeight && strengths ? [...this.words.spans].filter(([word]) => strengths[word] > TICK_FROM) : [];
+    this.ticks.replaceChildren(...strong.map(([word, span]) => {
+      const tick = document.createElement("i");
+      tick.style.top = `${(100 * (span.offsetTop + span.offsetHeight / 2)) / scrollHeight}%`;
+      tick.style.setProperty("--a", strengths[word].toFixed(4));
+      return tick;
+    }));
   }
 
   scrollTo(word) {
