@@ -253,14 +253,17 @@ def test_two_models_side_by_side(open_page, served):
     assert page.locator(".answer.b").count() == 0
 
 
-def test_a_conversation_goes_on(open_page):
+def test_a_conversation_goes_on(open_page, served):
     page = open_page()
     page.get_by_label("Chat").check()
     ask(page)
     first = page.locator(".answer .text").inner_text()
     page.fill("#instruction", "for what ?")
+    served.pace = 0.03
     with page.expect_request("**/v1/chat/completions") as asked:
         page.keyboard.press("Control+Enter")
+    page.locator("#reading .w").nth(3).hover()  # of the answer before: nothing is known of the one that comes
+    served.pace = 0.0
     turns = asked.value.post_data_json["messages"]
     assert [turn["role"] for turn in turns] == ["user", "assistant", "user"]
     assert (turns[1]["content"], turns[2]["content"]) == (first, "for what ?")

@@ -55,7 +55,7 @@ function edit() {
   find("frame").hidden = true;
   find("document").hidden = false;
   find("edit").hidden = true;
-  find("lens").hidden = true;
+  lens.close();
   for (const answer of answers) if (!answer.isBusy) answer.clear();
   count();
 }
@@ -138,7 +138,9 @@ async function run() {
     find("document").focus();
     return;
   }
-  find("lens").hidden = true;
+  lens.close();
+  reading.mark(null);
+  bring(answers[0].section, "end");
   const options = task.json && find("json").checked ? { response_format: { type: "json_object" } } : {};
   const isChat = task.id === "chat";
   await Promise.all(answers.map(async (answer) => {
@@ -146,6 +148,11 @@ async function run() {
     const isDone = await answer.run(turns, options);
     if (isChat && isDone && answer.text) answer.next = [...turns, { role: "assistant", content: answer.text }];
   }));
+}
+
+// On a narrow screen, where not everything is in sight.
+function bring(element, block) {
+  if (matchMedia("(max-width: 59.99rem)").matches) element.scrollIntoView({ block });
 }
 
 // In a conversation, the answer that is there joins the thread when the next message is sent.
@@ -207,6 +214,7 @@ function addAnswer(side) {
       const first = answers.find((one) => one.attention);
       if (first.side === from) showReading(first);
       lens.open();
+      bring(drop, "start");
     },
   });
   answers.push(answer);

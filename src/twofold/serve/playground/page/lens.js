@@ -53,6 +53,11 @@ export class Lens {
     this.show();
   }
 
+  close() {
+    this.place.hidden = true;
+    this.hovered = this.pinned = null;
+  }
+
   // target: {side, word}, with side "source" for the document; null: nothing.
   point(target) {
     if (same(this.hovered, target)) return;
@@ -81,6 +86,7 @@ export class Lens {
     if (turn !== this.turn) return;
     this.strongest = -1;
     this.#single(target);
+    if (!maps.size) return;
     if (target === null) this.#rest(maps);
     else if (target.side === "source") this.#fromSource(target.word, maps);
     else this.#fromAnswer(target, maps);
@@ -99,8 +105,7 @@ export class Lens {
   #rest(maps) {
     this.reading.mark(null);
     for (const answer of this.answers()) answer.words.mark(null);
-    const [answer, map] = maps.entries().next().value ?? [];
-    if (!answer) return;
+    const [answer, map] = maps.entries().next().value;
     this.said.textContent = "Point at a word of the answer or of the document; click to keep it. Arrow keys work too.";
     this.#ledger(answer, map, null);
   }
