@@ -10,7 +10,7 @@ from typing import Any
 
 from twofold.data.tokenize import encode
 from twofold.infer import Engine, Request
-from twofold.serve.errors import ApiError, bad_request
+from twofold.serve.errors import ApiError, bad_request, shutting_down
 from twofold.serve.limits import Gate
 from twofold.serve.metrics import Metrics
 from twofold.serve.settings import ServeSettings
@@ -66,6 +66,7 @@ class Service:
         settings: limits and keys.
 
     Attributes:
+        paths: of all routes, for log and figures.
         public_paths: that need no key; those that end in "/*" stand for all that begin so.
 
     Raises:
@@ -78,10 +79,11 @@ class Service:
         self.settings = settings
         self.models = {name: Served(name, engine, settings) for name, engine in models.items()}
         self.metrics = Metrics(self)
+        self.paths: frozenset[str] = frozenset()
         self.public_paths: set[str] = {"/health", "/ready", "/docs", "/openapi.json"}
         self.is_draining = False
         self.works: set[Work] = set()
-        self.n_aside = 0
+        self._asides: set[asyncio.Timeout] = set()
 
     def model(self, name: str | None) -> Served:
         """By its name.
@@ -119,7 +121,7 @@ class Service:
     @property
     def n_open(self) -> int:
         """Requests that somebody waits for."""
-        return len(self.works) + self.n_aside
+        return len(self.works) + len(self._asides)
 
     def start(self) -> None:
         """Let the engines work."""
@@ -133,9 +135,9 @@ class Service:
     def give_up_all(self) -> None:
         """End what is open with 503."""
         for work in list(self.works):
-            work.give_up(
-                ApiError(503, "the server shuts down; try again", code="shutting_down", retry_after_s=1.0)
-            )
+            work.give_up(shutting_down())
+        for timeout in self._asides:
+            timeout.reschedule(asyncio.get_running_loop().time())
 
     async def close(self) -> None:
         """Give up what is open, and end the engines."""
@@ -167,11 +169,7 @@ class Service:
         """
         work = Work(self, served, n_answers, facts)
         try:
-            if needs_grammar:
-                async with served.grammars:
-                    await work.submit(make_requests)
-            else:
-                await work.submit(make_requests)
+            await work.submit(make_requests, turn=served.grammars if needs_grammar else None)
         except BaseException:
             work.close()
             raise
@@ -191,14 +189,16 @@ class Service:
         Raises:
             ApiError: too many at a time, or too late.
         """
-        deadline = asyncio.get_running_loop().time() + self.settings.timeout_s
         started = time.perf_counter()
         served.aside_gate.enter(n)
-        self.n_aside += 1
+        timeout = asyncio.timeout(self.settings.timeout_s)
+        self._asides.add(timeout)
         try:
-            async with asyncio.timeout_at(deadline), served.aside:
+            async with timeout, served.aside:
                 yield _in_thread
         except TimeoutError as error:
+            if self.is_draining:
+                raise shutting_down() from error
             raise ApiError(
                 503,
                 f"not answered within {self.settings.timeout_s:g} s; try again later or send less",
@@ -206,7 +206,7 @@ class Service:
                 retry_after_s=served.aside_gate.retry_after_s,
             ) from error
         finally:
-            self.n_aside -= 1
+            self._asides.discard(timeout)
             served.aside_gate.leave(n, time.perf_counter() - started)
 
 
