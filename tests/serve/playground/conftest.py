@@ -1,6 +1,5 @@
 """A server with two tiny models that write words, for the route and for the browser."""
 
-import threading
 import time
 from types import SimpleNamespace
 
@@ -11,9 +10,8 @@ from transformers import PreTrainedTokenizerFast
 import twofold
 from tests.conftest import CHATML
 from tests.models.tiny import build, pair_config, stack
-from twofold.serve import create_app
+from tests.serve.running import serving
 from twofold.serve.playground import add_playground
-from twofold.serve.run import make_server, open_socket
 
 WORDS = (
     "<unk> the a bridge was closed for nine weeks and ferries carried people over water while engineers replaced "
@@ -66,15 +64,6 @@ def served(engines):
             return step()
 
         engine.loop.step = slower
-    app = create_app(engines, extensions=(add_playground,))
-    server = make_server(app)
-    listener = open_socket("127.0.0.1", 0, stall_timeout_s=30)
-    found.address = f"http://127.0.0.1:{listener.getsockname()[1]}"
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
-    thread.start()
-    while not server.started:
-        assert thread.is_alive()
-        time.sleep(0.02)
-    yield found
-    server.should_exit = True
-    thread.join(timeout=10)
+    with serving(engines, extensions=(add_playground,)) as running:
+        found.address = running.url
+        yield found

@@ -59,6 +59,7 @@ def test_token_ids_and_plain_prompts(ask, served):
         ({"keep": "none"}, 400, "keep"),
         ({"answer": "the " * 300}, 400, "max_position_embeddings of 256"),
         ({"messages": [{"role": "user", "content": "the " * 300}]}, 400, "has 309 tokens|have|shorten"),
+        ({"answer": "the " * 9000}, 400, "about 9"),
         ({"depth": 1}, 400, "there is no such parameter"),
     ],
 )  # fmt: skip

@@ -15,7 +15,7 @@ from torch import Tensor
 from twofold.data.tokenize import encode
 from twofold.serve.errors import bad_request
 from twofold.serve.guard import facts
-from twofold.serve.prompts import conversation, n_free, read_prompt
+from twofold.serve.prompts import conversation, n_free, read_prompt, refuse_endless
 from twofold.serve.replies import ERRORS
 from twofold.serve.schemas import Body, Message, TokenIds
 from twofold.serve.service import Served, Service
@@ -109,6 +109,13 @@ def _reply(service: Service, served: Served, body: AttributionRequest) -> dict[s
     engine = served.engine
     prompt = body.prompt if body.prompt is not None else conversation(body.messages or [])
     answer = body.answer if body.answer is not None else body.answer_token_ids or []
+    refuse_endless(
+        served,
+        service.settings,
+        [prompt] if isinstance(prompt, str) else [turn["content"] for turn in prompt],
+    )
+    if isinstance(answer, str):
+        refuse_endless(served, service.settings, [answer])
     source, prefix = read_prompt(served, prompt)
     n_free(served, service.settings, source, prefix)
     config = engine.model.config.decoder
