@@ -21,19 +21,18 @@ WORDS = (
 POSITIONS = 256
 
 
-@pytest.fixture(scope="session")
-def writing_tokenizer():
-    """One token per word, which decoding joins with spaces; a ChatML template."""
+def writing_tokenizer(chat_template):
+    """One token per word, which decoding joins with spaces."""
     inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.Whitespace()
     inner.add_special_tokens([AddedToken(t, special=True) for t in ("<|im_start|>", "<|im_end|>")])
     tokens = {"unk_token": "<unk>", "bos_token": "<|im_start|>", "eos_token": "<|im_end|>"}
-    return PreTrainedTokenizerFast(tokenizer_object=inner, chat_template=CHATML, **tokens)
+    return PreTrainedTokenizerFast(tokenizer_object=inner, chat_template=chat_template, **tokens)
 
 
 @pytest.fixture(scope="session")
-def engines(writing_tokenizer):
-    """A lossless pair and a published one, that never end by themselves."""
+def engines():
+    """A lossless pair and a published one with another chat template, that never end by themselves."""
     found = {}
     lossless = {
         "layout": "merged", "reads": "aligned", "cross_rope": True, "decoder_positions": "continue",
@@ -47,7 +46,8 @@ def engines(writing_tokenizer):
         )  # fmt: skip
         model = build(config, seed=seed, qk_factor=1.5)
         model.lm_head.out_proj.weight.data[end] = 0.0
-        model.tokenizer = writing_tokenizer
+        opening = "<|im_start|>the bridge was closed<|im_end|>\n" if name == "published" else ""
+        model.tokenizer = writing_tokenizer(opening + CHATML)
         found[name] = twofold.Engine(model, device="cpu", backend="torch")
     return found
 

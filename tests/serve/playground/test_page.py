@@ -335,6 +335,18 @@ def test_refusals_in_words(open_page):
     until(page, "document.querySelector('.answer .problem').textContent.startsWith('Too long. The ')")
 
 
+def test_a_model_without_chat_template_gets_plain_text(open_page):
+    refusal = refuse(400, None, "the tokenizer has no chat template, so messages cannot be rendered")
+    page = open_page(expects=("400",), replies={"v1/chat/completions": refusal})
+    with page.expect_request("**/v1/completions") as asked:
+        ask(page)
+    assert asked.value.post_data_json["prompt"] == f"{INSTRUCTION}\n\n{DOCUMENT}"
+    page.locator(".answer .w").nth(2).hover()
+    until(page, "document.getElementById('said').textContent.includes('looked at')")
+    assert max(marks(page, "#reading")) == 1.0
+    assert page.locator(".answer .problem").is_hidden()
+
+
 def test_a_key_is_asked_for_and_kept_in_memory(open_page):
     def guarded(route):
         if route.request.headers.get("authorization") == "Bearer open sesame":

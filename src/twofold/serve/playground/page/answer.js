@@ -119,7 +119,7 @@ export class Answer {
     try {
       await stream(isChat ? "v1/chat/completions" : "v1/completions", { ...body, ...this.asked }, signal, take);
     } catch (error) {
-      if (!(isChat && error instanceof Refused && error.status === 400 && /chat template/.test(error.message) && !this.text)) throw error;
+      if (!(isChat && error instanceof Refused && error.status === 400 && /has no chat template/.test(error.message) && !this.text)) throw error;
       WITHOUT_TEMPLATE.add(this.model);
       await this.#stream(turns, options, signal, clock);
     }
