@@ -160,8 +160,13 @@ def test_an_answer_streams_and_shows_what_it_read(open_page, served):
 
     words = page.locator(".answer .w")
     words.nth(3).hover()
-    assert_marked(page, "#reading", expected_marks(served, page, "distinctive", answer_word=3))
-    assert page.locator("#said").inner_text().startswith(f"“{words.nth(3).inner_text()}” looked at ")
+    expected = expected_marks(served, page, "distinctive", answer_word=3)
+    assert_marked(page, "#reading", expected)
+    said = page.locator("#said").inner_text()
+    assert said.startswith(f"“{words.nth(3).inner_text()}” looked more than usual at ")
+    # The best of the words and its excess over the mean, as the page's text has it.
+    best = page.locator("#reading .w").nth(int(expected.argmax())).inner_text()
+    assert re.search(rf" at {re.escape(best)} \+\d", said)
     page.get_by_label("All attention").check()
     words.nth(5).hover()
     assert_marked(page, "#reading", expected_marks(served, page, "highlights", answer_word=5))
@@ -217,7 +222,7 @@ def test_everything_by_keyboard(open_page):
     page.keyboard.press("ArrowRight")
     assert page.evaluate(focused) == "2"
     word = page.locator(".answer .w").nth(2)
-    until(page, "document.getElementById('said').textContent.includes('looked at')")
+    until(page, "document.getElementById('said').textContent.includes(' looked ')")
     assert page.locator("#said").inner_text().startswith(f"“{word.inner_text()}”")
     assert max(marks(page, "#reading")) == 1.0
     assert word.evaluate("word => getComputedStyle(word).outlineStyle") == "solid"
@@ -247,7 +252,7 @@ def test_two_models_side_by_side(open_page, served):
     # A published pair has a softmax over the source alone, and so no words of its own in it.
     assert "own words" not in page.locator("#ledger").inner_text()
     page.locator("#reading .w", has_text="ferries").hover()
-    until(page, "document.getElementById('said').textContent.includes('was looked at by')")
+    until(page, "document.getElementById('said').textContent.includes(' was looked at ')")
     assert max(marks(page, ".answer.a")) == max(marks(page, ".answer.b")) == 1.0
     page.click("#compare")
     assert page.locator(".answer.b").count() == 0
@@ -342,7 +347,7 @@ def test_a_model_without_chat_template_gets_plain_text(open_page):
         ask(page)
     assert asked.value.post_data_json["prompt"] == f"{INSTRUCTION}\n\n{DOCUMENT}"
     page.locator(".answer .w").nth(2).hover()
-    until(page, "document.getElementById('said').textContent.includes('looked at')")
+    until(page, "document.getElementById('said').textContent.includes(' looked ')")
     assert max(marks(page, "#reading")) == 1.0
     assert page.locator(".answer .problem").is_hidden()
 
@@ -392,7 +397,7 @@ def test_it_reads_well_in_both_colours_and_at_all_widths(open_page):
     page.click("#compare")
     ask(page, sides="ab")
     page.locator(".answer.b .w").nth(1).click()
-    until(page, "document.getElementById('said').textContent.includes('looked at')")
+    until(page, "document.getElementById('said').textContent.includes(' looked ')")
     theme = "document.documentElement.dataset.theme"
     assert page.evaluate(theme) == "dark"
     for colours in ("dark", "light"):

@@ -123,9 +123,8 @@ export class Lens {
     for (const one of this.answers()) one.words.mark(null);
     const top = values.map((value, at) => [value, at]).filter(([value]) => value > 0.1 * most && value > 0);
     top.sort((x, y) => y[0] - x[0]);
-    const shares = map.row("highlights", word);
-    const list = top.slice(0, SAID_WORDS).map(([, at]) => [this.reading.words.text(at), shares[numbers[at]]]);
-    this.#say(answer.words.text(word), list.length ? " looked at " : " looked at nothing in particular", list);
+    const list = top.slice(0, SAID_WORDS).map(([value, at]) => [this.reading.words.text(at), value]);
+    this.#say(answer.words.text(word), list.length ? ` looked${this.#more} at ` : " looked at nothing in particular", list);
     this.#ledger(answer, map, word);
   }
 
@@ -139,18 +138,23 @@ export class Lens {
       answer.words.mark(most > 0 ? column.map((value) => value / most) : null);
       const top = Array.from(column, (value, at) => [value, at]).filter(([value]) => value > 0.2 * most && value > 0);
       top.sort((x, y) => y[0] - x[0]);
-      if (top.length) lists.push(top.slice(0, SAID_WORDS).map(([, at]) => [answer.words.text(at), map.highlights[at * map.sourceWords + number]]));
+      if (top.length) lists.push(top.slice(0, SAID_WORDS).map(([value, at]) => [answer.words.text(at), value]));
     }
-    this.#say(this.reading.words.text(word), lists.length ? " was looked at by " : " was looked at by no word more than others", ...lists);
+    this.#say(this.reading.words.text(word), lists.length ? ` was looked at${this.#more} by ` : " was looked at by no word more than others", ...lists);
     const [answer, map] = maps.entries().next().value;
     this.#ledger(answer, map, null);
   }
 
+  get #more() {
+    return this.view === "distinctive" ? " more than usual" : "";
+  }
+
   #say(word, verb, ...lists) {
     const quoted = (text, element = "span") => Object.assign(document.createElement(element), { textContent: text });
+    const sign = this.view === "distinctive" ? "+" : "";
     const parts = [quoted(`“${word}”`, "b"), verb];
     lists.forEach((list, nth) => list.forEach(([text, share], i) => {
-      parts.push(i ? ", " : nth ? "; in the second by " : "", quoted(text, "b"), ` ${percent(share)}`);
+      parts.push(i ? ", " : nth ? "; in the second by " : "", quoted(text, "b"), ` ${sign}${percent(share)}`);
     }));
     this.said.replaceChildren(...parts);
   }
