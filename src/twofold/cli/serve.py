@@ -47,6 +47,7 @@ def serve_command(
     max_waiting: Annotated[int | None, typer.Option(help="Answers that may wait; beyond: 429.")] = None,
     timeout_s: Annotated[float | None, typer.Option(help="For one request, waiting included.")] = None,
     drain_s: Annotated[float | None, typer.Option(help="After SIGTERM, for requests that run.")] = None,
+    playground: Annotated[bool, typer.Option(help="A page at / to try the models with.")] = True,
     log_level: Annotated[
         str, typer.Option(help="debug, info, warning or error; JSON lines on stderr.")
     ] = "info",
@@ -55,6 +56,7 @@ def serve_command(
     from twofold.serve import ServeSettings, create_app
     from twofold.serve.auth import read_keys
     from twofold.serve.logs import configure
+    from twofold.serve.playground import add_playground
     from twofold.serve.run import is_loopback, make_server, open_socket
 
     if log_level not in ("debug", "info", "warning", "error"):
@@ -94,7 +96,7 @@ def serve_command(
             )
             seconds = time.perf_counter() - started
             note(f"{path} loaded on {engines[chosen].device} as {chosen!r} in {seconds:.1f} s")
-        app = create_app(engines, settings)
+        app = create_app(engines, settings, extensions=(add_playground,) if playground else ())
         configure(log_level)
         shown = f"[{host}]" if ":" in host else host
         note(f"serving on http://{shown}:{listener.getsockname()[1]}; reference under /docs; Ctrl-C ends it")

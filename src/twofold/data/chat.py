@@ -55,6 +55,14 @@ def prompt_inputs(
     return split_inputs(source, convention, header)
 
 
+def prompt_text(messages_or_text: Messages | str, tokenizer: ChatTokenizer) -> str:
+    """The text whose tokens `prompt_inputs` divides between encoder and decoder: the conversation with the start of
+    a reply, or the text itself. Errors as there."""
+    if isinstance(messages_or_text, str):
+        return messages_or_text
+    return _render(messages_or_text, _with_template(tokenizer), with_header=True)
+
+
 def messages_to_example(messages: Messages, tokenizer: ChatTokenizer, convention: Convention) -> Example:
     """A supervised example from a conversation that ends with the assistant's reply.
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from twofold.data.chat import Messages, prompt_inputs
 from twofold.data.convention import Convention
 from twofold.data.tokenize import encode
+from twofold.infer.attribution import Keep
 from twofold.infer.backends import BackendName, Precision, make_backend
 from twofold.infer.constraints import Grammars, Schema
 from twofold.infer.handle import Handle
@@ -24,6 +25,7 @@ from twofold.infer.prepare import prepare
 from twofold.infer.request import Completion, Constraint, Delta, Request
 from twofold.infer.sampling import Sampling
 from twofold.infer.scheduler import Job, Scheduler
+from twofold.infer.word_attribution import WordAttribution, attribute_words
 from twofold.models import EncoderDecoder
 
 _log = logging.getLogger(__name__)
@@ -215,6 +217,28 @@ class Engine:
             takes_last = self.convention.decoder_start == "last_source_token"
             sources.append((np.concatenate([source, prefix]) if takes_last else source).tolist())
         return embed_sources(self.model, sources, pooling)
+
+    def attribute(
+        self,
+        prompt: str | Messages,
+        answer: str | Sequence[int],
+        *,
+        layers: Sequence[int] | None = None,
+        heads: Sequence[int] | None = None,
+        keep: Keep = "mean",
+    ) -> WordAttribution:
+        """Which words of the source each word of an answer looked at. See `infer.word_attribution`.
+
+        Args:
+            prompt: as for `generate`.
+            answer: a text, or token ids as they were generated.
+            layers, heads, keep: see `infer.attribution.attribute`.
+
+        Raises:
+            ValueError: there, and where the model has no tokenizer that tells which characters a token stands for.
+        """
+        tokenizer = self._tokenizer_for_text()
+        return attribute_words(self.model, tokenizer, prompt, answer, layers=layers, heads=heads, keep=keep)
 
     def json_schema(self, schema: Schema) -> Constraint:
         """For `Request(constraint=...)`: answers are JSON that is valid against a schema. See `infer.constraints`.

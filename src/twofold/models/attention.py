@@ -168,19 +168,36 @@ def _eager(
     softcap: float | None,
     dropout_p: float,
 ) -> Tensor:
-    n_groups = q_BNTH.shape[1] // k_BKSH.shape[1]
-    k_BNSH, v_BNSH = (x.repeat_interleave(n_groups, dim=1) for x in (k_BKSH, v_BKSH))
-    scores_BNTS = (q_BNTH @ k_BNSH.transpose(-1, -2)).float() * scale
-    if softcap is not None:
-        scores_BNTS = softcap * torch.tanh(scores_BNTS / softcap)
-    visible = mask.dense[:, None]
-    # The lowest number instead of -inf: a row that sees nothing becomes uniform, not NaN, and is zeroed below.
-    scores_BNTS = scores_BNTS.masked_fill(~visible, torch.finfo(torch.float32).min)
-    weights_BNTS = scores_BNTS.softmax(dim=-1).masked_fill(~visible, 0.0)
+    weights_BNTS = attention_weights(q_BNTH, k_BKSH, mask.dense, scale=scale, softcap=softcap)
     if mask.future_share < 1.0:
         weights_BNTS = limit_share(weights_BNTS, mask.later.dense[:, None], mask.future_share)
     weights_BNTS = F.dropout(weights_BNTS, dropout_p)
-    return weights_BNTS.to(q_BNTH.dtype) @ v_BNSH
+    return weights_BNTS.to(q_BNTH.dtype) @ _of_all_heads(v_BKSH, q_BNTH)
+
+
+def attention_weights(
+    q_BNTH: Tensor, k_BKSH: Tensor, visible_BTS: Tensor, *, scale: float, softcap: float | None
+) -> Tensor:
+    """softmax(softcap(scale * q k^T) where visible), for grouped heads.
+
+    Args:
+        visible_BTS: bool, True = may attend.
+
+    Returns:
+        float32 [B, N, T, S]; the row of a query that sees no key is zero.
+    """
+    scores_BNTS = (q_BNTH @ _of_all_heads(k_BKSH, q_BNTH).transpose(-1, -2)).float() * scale
+    if softcap is not None:
+        scores_BNTS = softcap * torch.tanh(scores_BNTS / softcap)
+    visible = visible_BTS[:, None]
+    # The lowest number instead of -inf: a row that sees nothing becomes uniform, not NaN, and is zeroed below.
+    scores_BNTS = scores_BNTS.masked_fill(~visible, torch.finfo(torch.float32).min)
+    return scores_BNTS.softmax(dim=-1).masked_fill(~visible, 0.0)
+
+
+def _of_all_heads(x_BKSH: Tensor, q_BNTH: Tensor) -> Tensor:
+    """Each key-value head once for each of its queries' heads: [B, N, S, H]."""
+    return x_BKSH.repeat_interleave(q_BNTH.shape[1] // x_BKSH.shape[1], dim=1)
 
 
 def _sdpa(

@@ -9,7 +9,7 @@ encoder, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -81,6 +81,11 @@ class EncoderBlock(Block):
         return self.feed_forward(x_BSD), read
 
 
+Observer = Callable[[Attention, Tensor, KeyValues, AttentionMask], None]
+"""Called by each decoder layer in turn, before its attention to the source (the merged one, where it is that): with the
+module, queries [B, N, T, H], what they attend to, and the mask over it."""
+
+
 @dataclass(frozen=True)
 class DecoderView:
     """What a decoder block needs beside its input, the same for all layers of one type."""
@@ -95,6 +100,7 @@ class DecoderView:
     """Over the decoder's own keys; in the merged layout over the source's keys, then the decoder's own."""
     cross_mask: AttentionMask
     """Over the source's keys; not used in the merged layout."""
+    observe: Observer | None = None
 
 
 class LayerKeys(Protocol):
@@ -129,11 +135,17 @@ class MaskedKeys:
 
     def attend_both(self, attention: Attention, q_BNTH: Tensor, new: KeyValues) -> Tensor:
         self.own = new if self.own is None else self.own.followed_by(new)
-        out: Tensor = attention(q_BNTH, self.source.followed_by(self.own), self.view.self_mask)
-        return out
+        return self._attend_seen(attention, q_BNTH, self.source.followed_by(self.own), self.view.self_mask)
 
     def attend_source(self, attention: Attention, q_BNTH: Tensor) -> Tensor:
-        out: Tensor = attention(q_BNTH, self.source, self.view.cross_mask)
+        return self._attend_seen(attention, q_BNTH, self.source, self.view.cross_mask)
+
+    def _attend_seen(
+        self, attention: Attention, q_BNTH: Tensor, keys_values: KeyValues, mask: AttentionMask
+    ) -> Tensor:
+        if self.view.observe is not None:
+            self.view.observe(attention, q_BNTH, keys_values, mask)
+        out: Tensor = attention(q_BNTH, keys_values, mask)
         return out
 
 
@@ -276,12 +288,14 @@ class Decoder(Stack):
         *,
         is_plain: bool = False,
         output_hidden_states: bool = False,
+        observe: Observer | None = None,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Args:
             input_ids: int64 [B, T], the tokens after those in `cache`.
             segments: int64 [B, T], see `Tokens`; `is_plain` as there.
             source: the encoder's output; with a filled cache only its tokens are looked at.
             cache: read and extended in place.
+            observe: is shown what each layer's attention to the source is computed from.
 
         Returns:
             Normed hidden states [B, T, D]; and, on request, the input of every layer, then that.
@@ -303,6 +317,7 @@ class Decoder(Stack):
                 self.cross_rope,
                 self._self_mask(layer_type, queries, keys, source.tokens),
                 cross_mask,
+                observe,
             )
 
         x_BTD = self.dropout(self.embed_tokens(input_ids))
