@@ -9,7 +9,20 @@ import warnings
 
 import typer
 
-from twofold.cli import adapt, average, batch, bench, eval, export, frontier, generate, inspect, plan, train
+from twofold.cli import (
+    adapt,
+    average,
+    batch,
+    bench,
+    eval,
+    export,
+    frontier,
+    generate,
+    inspect,
+    plan,
+    serve,
+    train,
+)
 from twofold.cli.console import fail, is_main, note
 from twofold.train import CheckpointError, NonFiniteError, OtherRankError
 
@@ -24,6 +37,7 @@ app.command("adapt")(adapt.adapt_command)
 app.command("inspect")(inspect.inspect_command)
 app.command("generate")(generate.generate_command)
 app.command("batch")(batch.batch_command)
+app.command("serve")(serve.serve_command)
 app.command("train")(train.train_command)
 app.command("plan")(plan.plan_command)
 app.command("average")(average.average_command)

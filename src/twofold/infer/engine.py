@@ -236,6 +236,11 @@ class Engine:
             self._thread = threading.Thread(target=self._work, name="twofold-engine", daemon=True)
             self._thread.start()
 
+    @property
+    def is_working(self) -> bool:
+        """The thread that `start` began is at work."""
+        return self._thread is not None and self._thread.is_alive()
+
     def close(self, *, cancel: bool = False) -> None:
         """Take no more requests, and finish those that are open, or cancel them."""
         self._is_closed = True
@@ -271,7 +276,7 @@ class Engine:
 
     def _take_step(self) -> bool:
         """False where the engine's own thread does it."""
-        if self._thread is not None and self._thread.is_alive():
+        if self.is_working:
             return False
         self.loop.step()
         return True

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import AsyncGenerator, Generator, Iterable
-
 from typing import Any
 
 from fastapi import FastAPI

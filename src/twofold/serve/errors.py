@@ -1,0 +1,119 @@
+"""Errors as OpenAI's API writes them, so that its clients raise what their users expect."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+_MAX_MESSAGE = 2000
+_TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    404: "not_found_error",
+    405: "invalid_request_error",
+    408: "timeout_error",
+    413: "invalid_request_error",
+    429: "rate_limit_error",
+    500: "server_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+}
+
+
+class ApiError(Exception):
+    """A refusal that the client is told about.
+
+    Args:
+        status: of HTTP.
+        message: what was given, what is allowed, what to do next.
+        param: the field of the request that it is about.
+        code: for programs, such as "context_length_exceeded".
+        retry_after_s: after which trying again makes sense.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after_s: float | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.message, self.param, self.code = status, message, param, code
+        self.retry_after_s = retry_after_s
+
+    @property
+    def body(self) -> dict[str, Any]:
+        """`{"error": ...}`."""
+        return error_body(self.status, self.message, param=self.param, code=self.code)
+
+    def response(self) -> JSONResponse:
+        """What is sent."""
+        headers = {}
+        if self.retry_after_s is not None:
+            headers["Retry-After"] = str(max(1, math.ceil(self.retry_after_s)))
+        if self.status == 401:
+            headers["WWW-Authenticate"] = "Bearer"
+        return JSONResponse(self.body, self.status, headers=headers)
+
+
+def error_body(
+    status: int, message: str, *, param: str | None = None, code: str | None = None
+) -> dict[str, Any]:
+    """OpenAI's form of an error."""
+    kind = _TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")
+    return {
+        "error": {"message": _clean(message), "type": kind, "param": param and _clean(param), "code": code}
+    }
+
+
+def bad_request(message: str, *, param: str | None = None, code: str | None = None) -> ApiError:
+    """400."""
+    return ApiError(400, message, param=param, code=code)
+
+
+def add_handlers(app: FastAPI) -> None:
+    """Every refusal of the app in this form, those of FastAPI and Starlette too."""
+
+    @app.exception_handler(ApiError)
+    async def _api(_: Request, error: ApiError) -> JSONResponse:
+        return error.response()
+
+    @app.exception_handler(RequestValidationError)
+    async def _validation(_: Request, error: RequestValidationError) -> JSONResponse:
+        return _of_validation(error).response()
+
+    @app.exception_handler(HTTPException)
+    async def _http(request: Request, error: HTTPException) -> JSONResponse:
+        message = str(error.detail)
+        if error.status_code == 404:
+            message = f"there is no {request.url.path}; see /docs for what there is"
+        elif error.status_code == 405:
+            message = f"{request.method} is not allowed on {request.url.path}; see /docs"
+        return JSONResponse(error_body(error.status_code, message), error.status_code, headers=error.headers)
+
+
+def _of_validation(error: RequestValidationError) -> ApiError:
+    """The first thing that is wrong; the others usually follow from it."""
+    first = error.errors()[0]
+    kind, where = first["type"], [str(part) for part in first["loc"] if part not in ("body", "query", "path")]
+    if kind == "json_invalid":
+        return bad_request(f"the body is not JSON: {first['ctx']['error']} at character {where[-1]}")
+    if not where and kind in ("model_attributes_type", "missing", "model_type", "dict_type"):
+        return bad_request("the body must be a JSON object, sent with Content-Type: application/json")
+    param = first.get("ctx", {}).get("param") or ".".join(where) or None
+    return bad_request(
+        f"{param}: {first['msg']}" if param else first["msg"], param=param, code="invalid_value"
+    )
+
+
+def _clean(text: str) -> str:
+    """Without halves of surrogate pairs, which no reply can carry, and not without end."""
+    return text[:_MAX_MESSAGE].encode("utf-8", "replace").decode("utf-8")

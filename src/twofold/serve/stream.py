@@ -1,0 +1,102 @@
+"""Server-sent events out of work: what comes is sent at once, at the pace at which the client reads."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol
+
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from twofold.serve.errors import ApiError, error_body
+from twofold.serve.guard import facts
+from twofold.serve.logs import logger
+from twofold.serve.work import Arrived, Work
+
+_PING_S = 15.0
+"""After so long without an event a comment is sent, so that nobody between takes the connection for dead."""
+
+
+class Writer(Protocol):
+    """What the events of an API look like, as JSON objects."""
+
+    def first(self) -> Sequence[Any]:
+        """Before anything has come."""
+        ...
+
+    def more(self, arrived: Arrived) -> Sequence[Any]:
+        """For what has come."""
+        ...
+
+    def last(self) -> Sequence[Any]:
+        """After everything."""
+        ...
+
+
+class EventStream(Response):
+    """The answer to a request with `stream`. Closes the work.
+
+    An error after the beginning is an event `{"error": ...}`, after which the stream ends without [DONE].
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(self, work: Work, writer: Writer) -> None:
+        super().__init__(headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
+        del self.headers["content-length"]
+        self._work, self._writer = work, writer
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """See ASGI."""
+        try:
+            await send(
+                {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
+            )
+            try:
+                await self._send_all(send)
+            except ApiError as error:
+                facts(scope)["error"] = error.code or error.status
+                await self._send(send, _events([error.body]))
+            except TimeoutError:
+                # Nothing more would be read: break off, and let uvicorn close the connection.
+                facts(scope)["error"] = "client_does_not_read"
+                return
+            except Exception:
+                logger.exception("stream failed", extra={"facts": dict(facts(scope))})
+                await self._send(send, _events([error_body(500, "the server failed; its log says more")]))
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+        finally:
+            self._work.close()
+
+    async def _send_all(self, send: Send) -> None:
+        await self._send(send, _events(self._writer.first()))
+        while True:
+            try:
+                async with asyncio.timeout(_PING_S):
+                    arrived = await self._work.next()
+            except TimeoutError:
+                await self._send(send, b": still at work\n\n")
+                continue
+            if not arrived:
+                break
+            await self._send(send, _events(self._writer.more(arrived)))
+        await self._send(send, _events(self._writer.last()) + b"data: [DONE]\n\n")
+
+    async def _send(self, send: Send, body: bytes) -> None:
+        """Waits while the client has not read what was sent before.
+
+        Raises:
+            TimeoutError: for too long.
+        """
+        if body:
+            async with asyncio.timeout(self._work.service.settings.stall_timeout_s):
+                await send({"type": "http.response.body", "body": body, "more_body": True})
+
+
+def _events(values: Iterable[Any]) -> bytes:
+    return b"".join(
+        b"data: " + json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+        for value in values
+    )
