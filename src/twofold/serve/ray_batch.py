@@ -84,19 +84,20 @@ def answer_on_ray(
         dataset = ray.data.from_arrow(tables)
         dataset.context.execution_options.preserve_order = True
         dataset.context.enable_progress_bars = False
-        answers = dataset.map_batches(
+        answered = dataset.map_batches(
             BatchWorker,
             fn_constructor_args=(name, replace(options, threads=n_cpus), seed),
             batch_size=None,
             concurrency=n_workers,
             num_cpus=n_cpus,
             num_gpus=n_gpus,
-        ).iter_rows()
+        )
+        answers = iter(answered.iter_rows())
     for line in known:
         if line.body is None:
             yield Outcome(line=line)
             continue
-        answer = next(iter(answers))
+        answer = next(answers)
         yield Outcome(
             line=line,
             status_code=answer["status_code"],
