@@ -122,7 +122,7 @@ def soak_metrics(details: Mapping[str, Any] | None) -> dict[str, float]:
 def _client(kind: str, draw: random.Random) -> tuple[Ask, bytes | None]:
     """How it behaves, and what it sends, where that is no ordinary request."""
     if kind == "leaves":
-        return _leaving(draw.uniform(0.0, 3.0)), None
+        return _leaving(10 ** draw.uniform(-2.5, 0.5)), None
     if kind == "slow":
         return _slow, None
     if kind == "never_reads":
