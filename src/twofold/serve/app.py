@@ -76,6 +76,7 @@ def create_app(
     for extend in extensions:
         extend(app, service)
     app.openapi = lambda: _document(app, service)  # type: ignore[method-assign]
+    service.paths = frozenset(app.openapi()["paths"])
     return app
 
 

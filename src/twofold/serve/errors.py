@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -11,6 +12,8 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 _MAX_MESSAGE = 2000
+_TYPE_NAME = re.compile(r"str|int|constrained-\w+|list\[.*\]|function-.*")
+"""What pydantic puts between the names of fields: which of several types it tried."""
 _TYPES = {
     400: "invalid_request_error",
     401: "authentication_error",
@@ -102,13 +105,19 @@ def add_handlers(app: FastAPI) -> None:
 
 def _of_validation(error: RequestValidationError) -> ApiError:
     """The first thing that is wrong; the others usually follow from it."""
-    first = error.errors()[0]
-    kind, where = first["type"], [str(part) for part in first["loc"] if part not in ("body", "query", "path")]
+    errors = error.errors()
+    # A value that may be of several types fails for each of them: the one that it comes nearest to goes deepest.
+    same_field = [one for one in errors if one["loc"][:2] == errors[0]["loc"][:2]]
+    first = max(same_field, key=lambda one: len(one["loc"]))
+    kind = first["type"]
+    where = [str(part) for part in first["loc"][1:] if not _TYPE_NAME.fullmatch(str(part))]
     if kind == "json_invalid":
         return bad_request(f"the body is not JSON: {first['ctx']['error']} at character {where[-1]}")
     if not where and kind in ("model_attributes_type", "missing", "model_type", "dict_type"):
         return bad_request("the body must be a JSON object, sent with Content-Type: application/json")
-    param = first.get("ctx", {}).get("param") or ".".join(where) or None
+    if "param" in first.get("ctx", {}):
+        where.append(first["ctx"]["param"])
+    param = ".".join(where) or None
     return bad_request(
         f"{param}: {first['msg']}" if param else first["msg"], param=param, code="invalid_value"
     )

@@ -72,8 +72,8 @@ class Guard:
             logger.exception("request failed", extra={"facts": dict(known)})
             if status:
                 raise  # the answer has begun: all that is left is to break it off
-            error = ApiError(500, f"the server failed; its log says more about request {request_id}")
-            await error.response()(scope, receive, noting)
+            failure = ApiError(500, f"the server failed; its log says more about request {request_id}")
+            await failure.response()(scope, receive, noting)
         finally:
             self._note(scope, status, time.perf_counter() - started)
 
@@ -129,9 +129,10 @@ class Guard:
             ) from error
 
     def _note(self, scope: Scope, status: int, seconds: float) -> None:
-        route = scope.get("route")
-        # The path as it is declared: what clients make up must not become a label.
-        path = getattr(route, "path", "other")
+        # As it is declared: what clients make up must not become a label. One refused here has not found its route.
+        path = getattr(scope.get("route"), "path", None)
+        if path is None:
+            path = scope["path"] if scope["path"] in self._service.paths else "other"
         self._service.metrics.requests.labels(path, str(status)).inc()
         self._service.metrics.request_s.labels(path).observe(seconds)
         if path in _PROBES and status < 400:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import cast
 
 import numpy as np
 
 from twofold.data.chat import Messages, prompt_inputs
 from twofold.data.convention import split_inputs
+from twofold.data.tokenize import encode
 from twofold.infer import Constraint, Request, Sampling
 from twofold.serve.errors import ApiError, bad_request
 from twofold.serve.schemas import Generation, Message, ResponseFormat
@@ -18,6 +20,7 @@ from twofold.serve.settings import ServeSettings
 _LOWEST_TEMPERATURE = 1e-4
 """Below it, logits divided by it leave float32's range, and the most likely token is all there is to draw."""
 _MAX_SCHEMA = 64 * 1024
+_PIECE = 16 * 1024
 
 Prompt = str | Messages | Sequence[int]
 """A text, a conversation, or token ids."""
@@ -38,11 +41,39 @@ def read_prompt(served: Served, prompt: Prompt) -> tuple[list[int], list[int]]:
         ValueError: empty, or the chat template refuses it.
     """
     engine = served.engine
-    if isinstance(prompt, str) or isinstance(prompt[0], dict):
-        source, prefix = prompt_inputs(prompt, engine.tokenizer, engine.convention)  # type: ignore[arg-type]
+    if isinstance(prompt, str) or isinstance(prompt[0], Mapping):
+        source, prefix = prompt_inputs(cast(Messages | str, prompt), engine.tokenizer, engine.convention)
     else:
         source, prefix = split_inputs(np.asarray(prompt, dtype=np.int64), engine.convention)
     return source.tolist(), prefix.tolist()
+
+
+def refuse_endless(served: Served, settings: ServeSettings, texts: Sequence[str]) -> None:
+    """Refuse what is far too long after a look at its beginning, as tokenising a megabyte takes seconds.
+
+    Args:
+        served: the model.
+        settings: of the server.
+        texts: that are read one after another. Cut into pieces they have a few tokens more than whole, so that
+            only those with twice as many as are allowed are refused here.
+
+    Raises:
+        ApiError: there is no room for them.
+    """
+    most = served.engine.model.config.encoder.max_position_embeddings
+    most = min(most, settings.max_prompt_tokens or most)
+    n_characters = sum(map(len, texts))
+    if n_characters <= _PIECE:
+        return
+    n_seen = n_tokens = 0
+    for text in texts:
+        for start in range(0, len(text), _PIECE):
+            piece = text[start : start + _PIECE]
+            n_seen += len(piece)
+            n_tokens += len(encode(served.engine.tokenizer, piece))
+            if n_tokens > 2 * most:
+                about = n_tokens * n_characters // n_seen
+                raise _too_long(f"the prompt has about {about} tokens, at most {most} are read; shorten it")
 
 
 def n_free(served: Served, settings: ServeSettings, source: Sequence[int], prefix: Sequence[int]) -> int:
@@ -100,6 +131,10 @@ def engine_request(
         ApiError: too long, or more than this server allows.
         ValueError: settings that contradict each other.
     """
+    if isinstance(prompt, str):
+        refuse_endless(served, settings, [prompt])
+    elif isinstance(prompt[0], Mapping):
+        refuse_endless(served, settings, [message["content"] for message in cast(Messages, prompt)])
     source, prefix = read_prompt(served, prompt)
     free = n_free(served, settings, source, prefix)
     most = settings.max_new_tokens or free
@@ -110,7 +145,8 @@ def engine_request(
     if new_tokens is not None and new_tokens > free:
         raise _too_long(
             f"the prompt has {len(source) + len(prefix)} tokens and {new_tokens} are asked for, where the decoder "
-            f"has positions for {free} more; shorten the prompt or lower max_tokens"
+            f"has positions for {free} more; shorten the prompt or lower max_tokens",
+            param="max_tokens",
         )
     if logprobs is not None and logprobs > settings.max_logprobs:
         raise bad_request(f"at most {settings.max_logprobs} most likely tokens are reported, got {logprobs}")
@@ -186,5 +222,5 @@ def _sampling(asked: Generation, seed: int) -> Sampling:
     )
 
 
-def _too_long(message: str) -> ApiError:
-    return bad_request(message, param="prompt", code="context_length_exceeded")
+def _too_long(message: str, param: str = "prompt") -> ApiError:
+    return bad_request(message, param=param, code="context_length_exceeded")

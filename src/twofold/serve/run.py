@@ -19,7 +19,7 @@ _AFTER_DRAIN_S = 5
 
 class Server(uvicorn.Server):
     """uvicorn, which would close its socket at the first signal, here answers on until open requests have ended:
-    /ready and new requests get 503. A second signal ends it at once."""
+    /ready and new requests get 503. A second signal gives them up at once."""
 
     def __init__(self, config: uvicorn.Config, service: Service) -> None:
         super().__init__(config)
@@ -28,11 +28,9 @@ class Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """See uvicorn. Runs between any two instructions of the main thread, so it only notes."""
-        if self._until is not None:
-            self.should_exit = self.force_exit = True
-            return
+        is_second = self._service.is_draining
         self._service.drain()
-        self._until = time.monotonic() + self._service.settings.drain_s
+        self._until = time.monotonic() + (0.0 if is_second else self._service.settings.drain_s)
 
     async def on_tick(self, counter: int) -> bool:
         """See uvicorn: called ten times a second; true ends the server."""

@@ -94,15 +94,20 @@ def _is_prompt(given: Any) -> bool:
     return _is_list(given, str) or _is_list(given, int) or is_nested
 
 
+def _is_stop(given: Any) -> bool:
+    return isinstance(given, str) or (_is_list(given, str) and len(given) <= 16)
+
+
 TokenIds = list[Annotated[int, Field(ge=0, lt=2**31)]]
 Prompt = Annotated[
     str | list[str] | TokenIds | list[TokenIds],
     _one_of(["a text", "a list of texts", "a list of token ids", "a list of such lists"], _is_prompt),
 ]
 Text = Annotated[str, Field(min_length=1)]
+StopText = Annotated[str, Field(min_length=1, max_length=512)]
 Stop = Annotated[
-    str | Annotated[list[Text], Field(max_length=16)],
-    _one_of(["a text", "a list of at most 16 texts"], lambda g: isinstance(g, str) or _is_list(g, str)),
+    StopText | list[StopText],
+    _one_of(["a text", "a list of at most 16 texts"], _is_stop),
 ]
 Harmless = Annotated[Any, Field(description="Taken, and without effect.")]
 Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
@@ -161,6 +166,14 @@ class Generation(Body):
     safety_identifier: Harmless = None
     prompt_cache_key: Harmless = None
 
+    @model_validator(mode="after")
+    def _streams(self) -> Generation:
+        if self.stream_options is not None and not self.stream:
+            raise PydanticCustomError(
+                "stream_options", "needs stream to be true", {"param": "stream_options"}
+            )
+        return self
+
     @property
     def n_rows(self) -> int:
         """Samples or beams of each prompt."""
@@ -199,7 +212,10 @@ class Message(Body):
     """`developer` is another name of `system`."""
     content: Annotated[
         str | list[TextPart],
-        _one_of(["a text", "a list of {type: 'text', text: ...}"], lambda g: isinstance(g, str | list)),
+        _one_of(
+            ["a text", "a list of {type: 'text', text: ...}"],
+            lambda g: isinstance(g, str) or _is_list(g, dict),
+        ),
     ]
     name: Harmless = None
     refusal: Harmless = None

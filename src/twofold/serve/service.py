@@ -66,6 +66,7 @@ class Service:
         settings: limits and keys.
 
     Attributes:
+        paths: of all routes, for log and figures.
         public_paths: that need no key; those that end in "/*" stand for all that begin so.
 
     Raises:
@@ -78,6 +79,7 @@ class Service:
         self.settings = settings
         self.models = {name: Served(name, engine, settings) for name, engine in models.items()}
         self.metrics = Metrics(self)
+        self.paths: frozenset[str] = frozenset()
         self.public_paths: set[str] = {"/health", "/ready", "/docs", "/openapi.json"}
         self.is_draining = False
         self.works: set[Work] = set()
@@ -167,11 +169,7 @@ class Service:
         """
         work = Work(self, served, n_answers, facts)
         try:
-            if needs_grammar:
-                async with served.grammars:
-                    await work.submit(make_requests)
-            else:
-                await work.submit(make_requests)
+            await work.submit(make_requests, turn=served.grammars if needs_grammar else None)
         except BaseException:
             work.close()
             raise

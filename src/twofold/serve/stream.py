@@ -15,6 +15,8 @@ from twofold.serve.guard import facts
 from twofold.serve.logs import logger
 from twofold.serve.work import Arrived, Work
 
+_PATIENCE_S = 10.0
+"""For the first token before the answer begins: until then an error has its own status, after which clients retry."""
 _PING_S = 15.0
 """After so long without an event a comment is sent, so that nobody between takes the connection for dead."""
 
@@ -51,11 +53,16 @@ class EventStream(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """See ASGI."""
         try:
+            try:
+                first = await self._next(_PATIENCE_S)
+            except ApiError as error:  # before the beginning it is an error as any other
+                await error.response()(scope, receive, send)
+                return
             await send(
                 {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
             )
             try:
-                await self._send_all(send)
+                await self._send_all(send, first)
             except ApiError as error:
                 facts(scope)["error"] = error.code or error.status
                 await self._send(send, _events([error.body]))
@@ -70,19 +77,21 @@ class EventStream(Response):
         finally:
             self._work.close()
 
-    async def _send_all(self, send: Send) -> None:
+    async def _send_all(self, send: Send, arrived: Arrived | None) -> None:
         await self._send(send, _events(self._writer.first()))
-        while True:
-            try:
-                async with asyncio.timeout(_PING_S):
-                    arrived = await self._work.next()
-            except TimeoutError:
-                await self._send(send, b": still at work\n\n")
-                continue
-            if not arrived:
-                break
-            await self._send(send, _events(self._writer.more(arrived)))
+        while arrived is None or arrived:
+            body = b": still at work\n\n" if arrived is None else _events(self._writer.more(arrived))
+            await self._send(send, body)
+            arrived = await self._next(_PING_S)
         await self._send(send, _events(self._writer.last()) + b"data: [DONE]\n\n")
+
+    async def _next(self, patience_s: float) -> Arrived | None:
+        """What has come; None: nothing for so long."""
+        try:
+            async with asyncio.timeout(patience_s):
+                return await self._work.next()
+        except TimeoutError:
+            return None
 
     async def _send(self, send: Send, body: bytes) -> None:
         """Waits while the client has not read what was sent before.

@@ -68,7 +68,7 @@ class Reported:
 
     token_id: int
     offset: int
-    """Characters of the text before it."""
+    """Characters of the text before it, or before the last whole character where it stands after bytes of none."""
     logprob: float
     top: tuple[tuple[int, float], ...]
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import Any
 
 from fastapi import APIRouter
 from fastapi.responses import JSONResponse, Response
 
 from twofold.infer.limits import check_ids
-from twofold.serve.errors import bad_request
 from twofold.serve.models import max_model_len
 from twofold.serve.prompts import conversation, read_prompt
 from twofold.serve.replies import ERRORS, DetokenizeReply, TokenizeReply
@@ -24,21 +22,18 @@ def tokenize_router(service: Service) -> APIRouter:
     @router.post("/tokenize", response_model=TokenizeReply, responses=ERRORS)
     async def tokenize(body: TokenizeRequest) -> Response:
         """Token ids as encoder and decoder get them."""
-        return JSONResponse(await _in_thread(_tokens, service.model(body.model), body))
+        served = service.model(body.model)
+        async with service.beside(served, 1) as run:
+            return JSONResponse(await run(lambda: _tokens(served, body)))
 
     @router.post("/detokenize", response_model=DetokenizeReply, responses=ERRORS)
     async def detokenize(body: DetokenizeRequest) -> Response:
         """Text of token ids, special tokens included."""
-        return JSONResponse(await _in_thread(_text, service.model(body.model), body))
+        served = service.model(body.model)
+        async with service.beside(served, 1) as run:
+            return JSONResponse(await run(lambda: _text(served, body)))
 
     return router
-
-
-async def _in_thread(compute: Any, served: Served, body: Any) -> Any:
-    try:
-        return await asyncio.to_thread(compute, served, body)
-    except ValueError as error:
-        raise bad_request(str(error)) from error
 
 
 def _tokens(served: Served, body: TokenizeRequest) -> dict[str, Any]:

@@ -52,18 +52,32 @@ class Work:
         self._refusal: ApiError | None = None
         service.works.add(self)
 
-    async def submit(self, make_requests: Callable[[], Sequence[Request]]) -> None:
+    async def submit(
+        self, make_requests: Callable[[], Sequence[Request]], *, turn: asyncio.Semaphore | None = None
+    ) -> None:
         """Hand in, in a thread.
 
+        Args:
+            make_requests: called there.
+            turn: held until that thread is done, whether or not somebody still waits for it.
+
         Raises:
-            ApiError: what cannot be answered.
+            ApiError: what cannot be answered, or too late.
         """
-        submitting = asyncio.ensure_future(asyncio.to_thread(self._submit_all, make_requests))
         try:
-            self.handles = await asyncio.shield(submitting)
-        except asyncio.CancelledError:
-            submitting.add_done_callback(_give_up)
-            raise
+            async with asyncio.timeout_at(self.deadline):
+                if turn is not None:
+                    await turn.acquire()
+                submitting = asyncio.ensure_future(asyncio.to_thread(self._submit_all, make_requests))
+                if turn is not None:
+                    submitting.add_done_callback(lambda _: turn.release())
+                try:
+                    self.handles = await asyncio.shield(submitting)
+                except asyncio.CancelledError:
+                    submitting.add_done_callback(_give_up)
+                    raise
+        except TimeoutError as error:
+            raise self._too_late() from error
         prepared = [handle.prepared for handle in self.handles]
         self.num_prompt_tokens = sum(len(p.source_ids) + len(p.prefix_ids) for p in prepared)
         self._n_open = len(self.handles)
