@@ -7,7 +7,9 @@ import urllib.error
 import urllib.request
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["twofold.cli", "twofold.serve.app", "tests.serve.replica_process"])
+_context.set_forkserver_preload(
+    ["twofold.cli", "twofold.serve.app", "transformers.models.auto.tokenization_auto", __name__]
+)
 
 
 def start(*arguments):

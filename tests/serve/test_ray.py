@@ -20,15 +20,6 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Ray's o
 
 
 @pytest.fixture(scope="module")
-def pair(tmp_path_factory, byte_tokenizer):
-    from tests.conftest import text_model
-
-    path = tmp_path_factory.mktemp("models") / "pair"
-    twofold.save(text_model.__wrapped__(byte_tokenizer)(), path)
-    return path
-
-
-@pytest.fixture(scope="module")
 def cluster():
     ray.init(num_cpus=4, include_dashboard=False, logging_level="error", log_to_driver=False)
     yield
@@ -41,13 +32,13 @@ def asking(number):
     return json.dumps(row | {"body": body}).encode() + b"\n"
 
 
-def test_batches_keep_their_order(cluster, pair, monkeypatch):
+def test_batches_keep_their_order(cluster, saved_pair, monkeypatch):
     from twofold.serve import ray_batch
 
     monkeypatch.setattr(ray_batch, "LINES_TOGETHER", 3)
     raw = [asking(number) for number in range(1, 21)]
     raw[4], raw[9] = b"{\n", asking(10).replace(b'"text 10"', b"7")
-    options = EngineOptions(model=str(pair), threads=1, batch_size=4)
+    options = EngineOptions(model=str(saved_pair), threads=1, batch_size=4)
     batches = Batches(batch_app("pair", options.engine()), seed=3)
     expected = list(batches.answer(read_batch_lines(raw)))
     batches.close()
@@ -73,14 +64,14 @@ def port():
 
 
 @pytest.fixture(scope="module")
-def address(cluster, pair, port):
+def address(cluster, saved_pair, port):
     """Of two replicas; deployed once for all tests that only ask."""
     from ray import serve
 
     from twofold.serve.ray_serve import application
 
     serve.start(http_options={"host": "127.0.0.1", "port": port})
-    deploy(application({"model": str(pair), "num_replicas": "2"}))
+    deploy(application({"model": str(saved_pair), "num_replicas": "2"}))
     yield f"http://127.0.0.1:{port}"
     serve.shutdown()
 
@@ -109,9 +100,9 @@ def text_of(address, prompt, *, stream):
 
 
 @pytest.fixture(scope="module")
-def greedy(pair):
+def greedy(saved_pair):
     prompts = [f"prompt {number}" for number in range(8)]
-    answers = twofold.Engine(twofold.load(pair), device="cpu").generate(prompts, max_new_tokens=12)
+    answers = twofold.Engine(twofold.load(saved_pair), device="cpu").generate(prompts, max_new_tokens=12)
     return {prompt: answer.text for prompt, answer in zip(prompts, answers, strict=True)}
 
 
@@ -148,7 +139,7 @@ def test_streams_flow(address):
 
 
 @pytest.mark.slow
-def test_a_redeployment_loses_no_request(address, pair, greedy):
+def test_a_redeployment_loses_no_request(address, saved_pair, greedy):
     from twofold.serve.ray_serve import application
 
     is_over, before = threading.Event(), births(address)
@@ -165,7 +156,7 @@ def test_a_redeployment_loses_no_request(address, pair, greedy):
     with ThreadPoolExecutor(4) as pool:
         asking = [pool.submit(ask, number) for number in range(4)]
         try:
-            deploy(application({"model": str(pair), "num_replicas": 2, "batch_size": 5}))
+            deploy(application({"model": str(saved_pair), "num_replicas": 2, "batch_size": 5}))
         finally:
             is_over.set()
         assert min(future.result() for future in asking) > 2

@@ -48,8 +48,8 @@ def free_ports(n):
 class Replicas:
     """Two servers and a proxy on ports of this machine."""
 
-    def __init__(self, pair, folder):
-        self._pair = pair
+    def __init__(self, saved_pair, folder):
+        self._pair = saved_pair
         self.port, *self.ports = free_ports(3)
         self.processes = [self._start(port) for port in self.ports]
         text = CONFIG.read_text().replace("bind :8000", f"bind 127.0.0.1:{self.port}")
@@ -81,17 +81,8 @@ class Replicas:
 
 
 @pytest.fixture(scope="module")
-def pair(tmp_path_factory, byte_tokenizer):
-    from tests.conftest import text_model
-
-    path = tmp_path_factory.mktemp("models") / "pair"
-    twofold.save(text_model.__wrapped__(byte_tokenizer)(), path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def replicas(pair, tmp_path_factory):
-    found = Replicas(pair, tmp_path_factory.mktemp("proxy"))
+def replicas(saved_pair, tmp_path_factory):
+    found = Replicas(saved_pair, tmp_path_factory.mktemp("proxy"))
     yield found
     found.close()
 
@@ -100,9 +91,9 @@ OPTIONS = {"max_tokens": 100, "temperature": 0, "stop_token_ids": []}
 
 
 @pytest.fixture(scope="module")
-def greedy(pair):
+def greedy(saved_pair):
     prompts = [f"prompt {number}" for number in range(6)]
-    engine = twofold.Engine(twofold.load(pair), device="cpu", backend="torch")
+    engine = twofold.Engine(twofold.load(saved_pair), device="cpu", backend="torch")
     answers = engine.generate(prompts, max_new_tokens=100, stop_token_ids=())
     return {prompt: answer.text for prompt, answer in zip(prompts, answers, strict=True)}
 

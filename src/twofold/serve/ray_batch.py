@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -113,7 +114,7 @@ def _connected() -> Any:
     except ImportError as error:
         raise ImportError('several workers need Ray: pip install "twofold[ray]"') from error
     if not ray.is_initialized():
-        ray.init(logging_level="warning", log_to_driver=False, include_dashboard=False)
+        ray.init(logging_level=logging.WARNING, log_to_driver=False, include_dashboard=False)
     return ray
 
 

@@ -94,8 +94,7 @@ def application(arguments: Mapping[str, Any]) -> Any:
             if not self.app.state.service.is_alive:
                 raise RuntimeError("the engine has stopped")
 
-    deployment = serve.deployment(
-        serve.ingress(build)(Replica),
+    deploy = serve.deployment(
         name="twofold",
         num_replicas=options.num_replicas,
         max_ongoing_requests=settings.max_waiting + options.batch_size + 1,
@@ -104,7 +103,7 @@ def application(arguments: Mapping[str, Any]) -> Any:
         graceful_shutdown_wait_loop_s=1.0,
         graceful_shutdown_timeout_s=settings.drain_s + _STOP_S,
     )
-    return deployment.bind()
+    return deploy(serve.ingress(build)(Replica)).bind()
 
 
 def _options(arguments: Mapping[str, Any]) -> RayOptions:
