@@ -11,9 +11,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 import twofold
-from twofold.serve.batch import Batches, batch_app
-from twofold.serve.batch_files import read_batch_lines
+from twofold.serve import ray_batch
 from twofold.serve.opening import EngineOptions
+from twofold.serve.ray_serve import application
 
 ray = pytest.importorskip("ray")
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Ray's own
@@ -32,25 +32,41 @@ def asking(number):
     return json.dumps(row | {"body": body}).encode() + b"\n"
 
 
-def test_batches_keep_their_order(cluster, saved_pair, monkeypatch):
-    from twofold.serve import ray_batch
+def records(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
+
+def test_a_batch_goes_on_on_a_cluster(cluster, run, saved_pair, tmp_path, monkeypatch):
+    """Begun by one process and resumed by two workers, it has the answers of one process, in their order."""
     monkeypatch.setattr(ray_batch, "LINES_TOGETHER", 3)
     raw = [asking(number) for number in range(1, 21)]
     raw[4], raw[9] = b"{\n", asking(10).replace(b'"text 10"', b"7")
-    options = EngineOptions(model=str(saved_pair), threads=1, batch_size=4)
-    batches = Batches(batch_app("pair", options.engine()), seed=3)
-    expected = list(batches.answer(read_batch_lines(raw)))
-    batches.close()
-    found = list(ray_batch.answer_on_ray("pair", options, read_batch_lines(raw), n_workers=2, seed=3))
-    assert [outcome.line.custom_id for outcome in found] == [outcome.line.custom_id for outcome in expected]
-    assert [outcome.status_code for outcome in found] == [outcome.status_code for outcome in expected]
-    assert [outcome.status_code for outcome in found if not outcome.is_ok] == [None, 400]
-    for ours, theirs in zip(found, expected, strict=True):
-        if ours.is_ok:
-            assert ours.body["choices"] == theirs.body["choices"]
+    inputs = tmp_path / "in.jsonl"
+    inputs.write_bytes(b"".join(raw))
+    command = ["batch", saved_pair, inputs, "--seed", 3]
+    assert run(*command, "-o", tmp_path / "whole.jsonl")[0] == 1
+    for part in ("", ".errors"):
+        lines = (tmp_path / f"whole{part}.jsonl").read_bytes().splitlines(keepends=True)
+        (tmp_path / f"out{part}.jsonl").write_bytes(b"".join(lines[:3] if not part else lines[:0]))
+    settings = (tmp_path / "whole.jsonl.settings.json").read_bytes()
+    (tmp_path / "out.jsonl.settings.json").write_bytes(settings)
+    status, printed, err = run(*command, "-o", tmp_path / "out.jsonl", "--resume", "--ray", 2, "--json")
+    assert status == 1, err
+    assert json.loads(printed)["resumed_after"] == 3
+    whole, found = records(tmp_path / "whole.jsonl"), records(tmp_path / "out.jsonl")
+    assert [record["custom_id"] for record in found] == [record["custom_id"] for record in whole]
+    for ours, theirs in zip(found, whole, strict=True):
+        assert ours["response"]["body"]["choices"] == theirs["response"]["body"]["choices"]
+    whole, found = records(tmp_path / "whole.errors.jsonl"), records(tmp_path / "out.errors.jsonl")
+    assert [record["id"] for record in found] == ["batch_req_5", "batch_req_10"]
+    assert found[0] == whole[0]
+    assert found[1]["response"]["body"] == whole[1]["response"]["body"]
+
+
+def test_workers_need_room(cluster):
+    options = EngineOptions(model="pair", threads=1)
     with pytest.raises(ValueError, match=r"5 workers with 1 CPUs each need 5, the cluster has 4"):
-        list(ray_batch.answer_on_ray("pair", options, iter(()), n_workers=5))
+        next(ray_batch.answer_on_ray("pair", options, iter(()), n_workers=5))
 
 
 GREEDY = {"max_tokens": 12, "temperature": 0}
@@ -67,8 +83,6 @@ def port():
 def address(cluster, saved_pair, port):
     """Of two replicas; deployed once for all tests that only ask."""
     from ray import serve
-
-    from twofold.serve.ray_serve import application
 
     serve.start(http_options={"host": "127.0.0.1", "port": port})
     deploy(application({"model": str(saved_pair), "num_replicas": "2"}))
@@ -140,8 +154,6 @@ def test_streams_flow(address):
 
 @pytest.mark.slow
 def test_a_redeployment_loses_no_request(address, saved_pair, greedy):
-    from twofold.serve.ray_serve import application
-
     is_over, before = threading.Event(), births(address)
 
     def ask(number):
@@ -164,8 +176,6 @@ def test_a_redeployment_loses_no_request(address, saved_pair, greedy):
 
 
 def test_arguments_are_checked():
-    from twofold.serve.ray_serve import application
-
     with pytest.raises(
         ValueError, match=r"modell: Extra inputs are not permitted; arguments are model, name"
     ):

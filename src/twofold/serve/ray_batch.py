@@ -113,6 +113,7 @@ def _connected() -> Any:
         import ray.data
     except ImportError as error:
         raise ImportError('several workers need Ray: pip install "twofold[ray]"') from error
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
     if not ray.is_initialized():
         ray.init(logging_level=logging.WARNING, log_to_driver=False, include_dashboard=False)
     return ray
