@@ -42,6 +42,7 @@ def test_there_are_commands_for_every_verb():
         "bench",
         "eval",
         "frontier",
+        "serve",
     }
 
 

@@ -16,7 +16,7 @@ from twofold.serve.completions import by_choice, is_news, wants_usage, whole_del
 from twofold.serve.errors import bad_request
 from twofold.serve.guard import facts
 from twofold.serve.prompts import constraint_of, conversation, engine_request, first_seed, needs_grammar
-from twofold.serve.replies import ERRORS, ChatReply, usage
+from twofold.serve.replies import ERRORS, STREAMED, ChatReply, usage
 from twofold.serve.schemas import ChatRequest
 from twofold.serve.service import Served, Service
 from twofold.serve.settings import ServeSettings
@@ -29,7 +29,7 @@ def chat_router(service: Service) -> APIRouter:
     """The route."""
     router = APIRouter(tags=["OpenAI"])
 
-    @router.post("/v1/chat/completions", response_model=ChatReply, responses=ERRORS)
+    @router.post("/v1/chat/completions", response_model=ChatReply, responses=STREAMED | ERRORS)
     async def create_chat_completion(body: ChatRequest, request: HttpRequest) -> Response:
         """Answer a conversation, written with the model's chat template."""
         served = service.model(body.model)

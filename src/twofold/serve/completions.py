@@ -15,7 +15,7 @@ from fastapi.responses import JSONResponse, Response
 from twofold.infer import Completion, Delta, Request
 from twofold.serve.guard import facts
 from twofold.serve.prompts import constraint_of, engine_request, first_seed, needs_grammar
-from twofold.serve.replies import ERRORS, CompletionReply, usage
+from twofold.serve.replies import ERRORS, STREAMED, CompletionReply, usage
 from twofold.serve.schemas import CompletionRequest
 from twofold.serve.service import Served, Service
 from twofold.serve.settings import ServeSettings
@@ -30,7 +30,7 @@ def completions_router(service: Service) -> APIRouter:
     """The route."""
     router = APIRouter(tags=["OpenAI"])
 
-    @router.post("/v1/completions", response_model=CompletionReply, responses=ERRORS)
+    @router.post("/v1/completions", response_model=CompletionReply, responses=STREAMED | ERRORS)
     async def create_completion(body: CompletionRequest, request: HttpRequest) -> Response:
         """Continue a text, or several."""
         served = service.model(body.model)

@@ -82,6 +82,11 @@ def bad_request(message: str, *, param: str | None = None, code: str | None = No
     return ApiError(400, message, param=param, code=code)
 
 
+def shutting_down() -> ApiError:
+    """503, for what comes too late or is given up."""
+    return ApiError(503, "the server shuts down; try again", code="shutting_down", retry_after_s=1.0)
+
+
 def add_handlers(app: FastAPI) -> None:
     """Every refusal of the app in this form, those of FastAPI and Starlette too."""
 

@@ -16,7 +16,7 @@ from typing import Any
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from twofold.serve.auth import find_key
-from twofold.serve.errors import ApiError, bad_request
+from twofold.serve.errors import ApiError, bad_request, shutting_down
 from twofold.serve.logs import logger
 from twofold.serve.service import Service
 
@@ -91,7 +91,7 @@ class Guard:
                 )
             facts(scope)["key"] = key
         if service.is_draining and path not in _PROBES:
-            raise ApiError(503, "the server shuts down; try again", code="shutting_down", retry_after_s=1.0)
+            raise shutting_down()
         body = await self._body(receive, headers)
         if body is None:
             return True
@@ -105,28 +105,33 @@ class Guard:
             ApiError: too large, or too slow in coming.
         """
         settings = self._service.settings
-        length = headers.get(b"content-length", "0")
+        length = headers.get(b"content-length", "")
         body = bytearray()
+        is_whole = False
         try:
-            while True:
-                if max(len(body), int(length) if length.isdecimal() else 0) > settings.max_body_bytes:
-                    raise ApiError(
-                        413,
-                        f"the body is larger than {settings.max_body_bytes:,} bytes, which is the most this server "
-                        "takes; send less at a time",
-                        code="body_too_large",
-                    )
-                async with asyncio.timeout(settings.stall_timeout_s):
-                    message = await receive()
-                if message["type"] == "http.disconnect":
-                    return None
-                body += message.get("body", b"")
-                if not message.get("more_body", False) and len(body) <= settings.max_body_bytes:
-                    return bytes(body)
+            if length.isdecimal() and len(length) < 20:
+                self._refuse_large(int(length))
+            async with asyncio.timeout(settings.timeout_s):
+                while not is_whole:
+                    async with asyncio.timeout(settings.stall_timeout_s):
+                        message = await receive()
+                    if message["type"] == "http.disconnect":
+                        return None
+                    body += message.get("body", b"")
+                    is_whole = not message.get("more_body", False)
+                    self._refuse_large(len(body))
+            return bytes(body)
         except TimeoutError as error:
+            raise ApiError(408, "the body came too slowly; send it again", code="timeout") from error
+
+    def _refuse_large(self, n_bytes: int) -> None:
+        most = self._service.settings.max_body_bytes
+        if n_bytes > most:
             raise ApiError(
-                408, f"no part of the body came for {settings.stall_timeout_s:g} s", code="timeout"
-            ) from error
+                413,
+                f"the body is larger than {most:,} bytes, which is the most this server takes; send less at a time",
+                code="body_too_large",
+            )
 
     def _note(self, scope: Scope, status: int, seconds: float) -> None:
         # As it is declared: what clients make up must not become a label. One refused here has not found its route.

@@ -206,6 +206,12 @@ ERRORS: dict[int | str, dict[str, Any]] = {
     503: {"model": ErrorReply, "description": "The server shuts down or is too busy; see Retry-After."},
     504: {"model": ErrorReply, "description": "The answer took too long."},
 }
+STREAMED: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "The answer; with `stream` as server-sent events, the last of which is [DONE].",
+        "content": {"text/event-stream": {"schema": {"type": "string"}}},
+    }
+}
 
 
 def usage(work: Work) -> dict[str, int]:

@@ -29,6 +29,9 @@ _UNSUPPORTED: Mapping[str, str] = {
     "web_search_options": "web search is not supported",
     "dimensions": "embeddings come in the encoder's width only",
 }
+MOST = 4096
+"""Members of a list: checking many of them would hold up the event loop."""
+_MOST_IDS = 2**20
 _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "tool_choice": ("none", "auto"),
     "modalities": (["text"],),
@@ -81,27 +84,30 @@ def _one_of(kinds: Iterable[str], is_right: Callable[[Any], bool]) -> BeforeVali
     return BeforeValidator(check)
 
 
-def _is_list(given: Any, kind: type | tuple[type, ...]) -> bool:
-    return isinstance(given, list) and all(isinstance(m, kind) and not isinstance(m, bool) for m in given)
+def _is_list(given: Any, kind: type, most: int = MOST) -> bool:
+    return isinstance(given, list) and len(given) <= most and set(map(type, given)) <= {kind}
+
+
+def _is_ids(given: Any) -> bool:
+    return bool(given) and _is_list(given, int, _MOST_IDS)
 
 
 def _is_prompt(given: Any) -> bool:
-    if isinstance(given, str):
+    if isinstance(given, str) or _is_ids(given):
         return True
-    if not isinstance(given, list) or not given:
-        return False
-    is_nested = all(_is_list(member, int) and member for member in given)
-    return _is_list(given, str) or _is_list(given, int) or is_nested
+    return bool(given) and (_is_list(given, str) or (_is_list(given, list) and all(map(_is_ids, given))))
 
 
 def _is_stop(given: Any) -> bool:
-    return isinstance(given, str) or (_is_list(given, str) and len(given) <= 16)
+    return isinstance(given, str) or _is_list(given, str, 16)
 
 
-TokenIds = list[Annotated[int, Field(ge=0, lt=2**31)]]
+# Of the types that a value may have pydantic tries all: each should fail at the first member, not at every one.
+TokenIds = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(fail_fast=True)]
+Texts = Annotated[list[str], Field(fail_fast=True)]
 Prompt = Annotated[
-    str | list[str] | TokenIds | list[TokenIds],
-    _one_of(["a text", "a list of texts", "a list of token ids", "a list of such lists"], _is_prompt),
+    str | Texts | TokenIds | Annotated[list[TokenIds], Field(fail_fast=True)],
+    _one_of(["a text", "token ids", f"a list of at most {MOST} of either"], _is_prompt),
 ]
 Text = Annotated[str, Field(min_length=1)]
 StopText = Annotated[str, Field(min_length=1, max_length=512)]
@@ -258,7 +264,7 @@ class ResponseFormat(Body):
 class ChatRequest(Generation):
     """A conversation, answered."""
 
-    messages: list[Message] = Field(min_length=1)
+    messages: list[Message] = Field(min_length=1, max_length=MOST)
     max_completion_tokens: Count | None = None
     """Not given: the server's default, or less where there is no room for it."""
     max_tokens: Count | None = None
@@ -277,7 +283,9 @@ class EmbeddingRequest(Body):
 
     input: Annotated[
         str | Annotated[list[Text], Field(min_length=1)],
-        _one_of(["a text", "a list of texts"], lambda g: isinstance(g, str) or _is_list(g, str)),
+        _one_of(
+            ["a text", f"a list of at most {MOST} texts"], lambda g: isinstance(g, str) or _is_list(g, str)
+        ),
     ]
     model: str | None = None
     encoding_format: Literal["float", "base64"] | None = None
@@ -290,7 +298,7 @@ class TokenizeRequest(Body):
 
     model: str | None = None
     prompt: str | None = None
-    messages: Annotated[list[Message], Field(min_length=1)] | None = None
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MOST)] | None = None
 
     @model_validator(mode="after")
     def _one(self) -> TokenizeRequest:
@@ -303,4 +311,4 @@ class DetokenizeRequest(Body):
     """Token ids, back to text."""
 
     model: str | None = None
-    tokens: Annotated[TokenIds, Field(max_length=2**20)]
+    tokens: Annotated[TokenIds, Field(max_length=_MOST_IDS)]

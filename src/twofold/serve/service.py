@@ -10,7 +10,7 @@ from typing import Any
 
 from twofold.data.tokenize import encode
 from twofold.infer import Engine, Request
-from twofold.serve.errors import ApiError, bad_request
+from twofold.serve.errors import ApiError, bad_request, shutting_down
 from twofold.serve.limits import Gate
 from twofold.serve.metrics import Metrics
 from twofold.serve.settings import ServeSettings
@@ -83,7 +83,7 @@ class Service:
         self.public_paths: set[str] = {"/health", "/ready", "/docs", "/openapi.json"}
         self.is_draining = False
         self.works: set[Work] = set()
-        self.n_aside = 0
+        self._asides: set[asyncio.Timeout] = set()
 
     def model(self, name: str | None) -> Served:
         """By its name.
@@ -121,7 +121,7 @@ class Service:
     @property
     def n_open(self) -> int:
         """Requests that somebody waits for."""
-        return len(self.works) + self.n_aside
+        return len(self.works) + len(self._asides)
 
     def start(self) -> None:
         """Let the engines work."""
@@ -135,9 +135,9 @@ class Service:
     def give_up_all(self) -> None:
         """End what is open with 503."""
         for work in list(self.works):
-            work.give_up(
-                ApiError(503, "the server shuts down; try again", code="shutting_down", retry_after_s=1.0)
-            )
+            work.give_up(shutting_down())
+        for timeout in self._asides:
+            timeout.reschedule(asyncio.get_running_loop().time())
 
     async def close(self) -> None:
         """Give up what is open, and end the engines."""
@@ -189,14 +189,16 @@ class Service:
         Raises:
             ApiError: too many at a time, or too late.
         """
-        deadline = asyncio.get_running_loop().time() + self.settings.timeout_s
         started = time.perf_counter()
         served.aside_gate.enter(n)
-        self.n_aside += 1
+        timeout = asyncio.timeout(self.settings.timeout_s)
+        self._asides.add(timeout)
         try:
-            async with asyncio.timeout_at(deadline), served.aside:
+            async with timeout, served.aside:
                 yield _in_thread
         except TimeoutError as error:
+            if self.is_draining:
+                raise shutting_down() from error
             raise ApiError(
                 503,
                 f"not answered within {self.settings.timeout_s:g} s; try again later or send less",
@@ -204,7 +206,7 @@ class Service:
                 retry_after_s=served.aside_gate.retry_after_s,
             ) from error
         finally:
-            self.n_aside -= 1
+            self._asides.discard(timeout)
             served.aside_gate.leave(n, time.perf_counter() - started)
 
 

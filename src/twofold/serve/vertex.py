@@ -17,7 +17,7 @@ from twofold.infer import Completion, Request
 from twofold.serve.guard import facts
 from twofold.serve.prompts import constraint_of, conversation, engine_request, first_seed, needs_grammar
 from twofold.serve.replies import ERRORS, PredictReply
-from twofold.serve.schemas import Body, Count, Generation, Message, Text
+from twofold.serve.schemas import MOST, Body, Count, Generation, Message, Text
 from twofold.serve.service import Served, Service
 from twofold.serve.settings import ServeSettings
 
@@ -35,7 +35,7 @@ class Instance(Body):
     """What one answer is to; exactly one of both."""
 
     prompt: Text | None = None
-    messages: Annotated[list[Message], Field(min_length=1)] | None = None
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MOST)] | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -68,7 +68,7 @@ class Parameters(Generation):
 class PredictRequest(Body):
     """Vertex AI's form."""
 
-    instances: list[Instance] = Field(min_length=1)
+    instances: list[Instance] = Field(min_length=1, max_length=MOST)
     parameters: Parameters | None = None
 
 
