@@ -59,20 +59,21 @@ def main() -> None:
             "threads": options.threads,
             "apart": not options.quick,
         }
-        details["settings"] = {name: spec[name] for name in ("precision", "rows", "threads")} | {
+        settings = {name: spec[name] for name in ("precision", "rows", "threads")} | {
             "model": options.model,
             "first_token_limit_s": options.first_token_limit,
         }
         failures: list[str] = []
         if options.soak is None or options.quick:
-            details |= Benchmark(options, spec).run()
+            details |= {"settings": settings} | Benchmark(options, spec).run()
         if options.soak is not None:
             rate = options.soak_rate or 0.8 * details.get("sustained_rate", {}).get("server", 0.0)
             if not rate:
                 raise SystemExit("the soak needs a rate: give --soak-rate, or --out with a sustained rate")
-            details["soak"], failures = soak(spec, minutes=options.soak, rate=rate, lengths=options.lengths)
-    found = (metrics(details) if "loads" in details else {}) | soak_metrics(details.get("soak"))
-    publish(result("serving", found, details), options.out)
+            found, failures = soak(spec, minutes=options.soak, rate=rate, lengths=options.lengths)
+            details["soak"] = found | {"settings": settings}
+    figures = (metrics(details) if "loads" in details else {}) | soak_metrics(details.get("soak"))
+    publish(result("serving", figures, details), options.out)
     if failures:
         raise SystemExit("the soak failed: " + "; ".join(failures))
 
@@ -91,7 +92,7 @@ class Benchmark:
         try:
             for name in self._options.system:
                 systems[name] = open_system(name, self._spec)
-                systems[name].offer(self._flood(4, seed=99))  # compiled kernels, first touches of memory
+                systems[name].offer(self._flood(2 * self._options.rows, seed=99))  # compiles, touches memory
             climbing = dict(systems)
             for rate in self._options.rate:
                 climbing = self._climb(rate, climbing)

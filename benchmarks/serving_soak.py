@@ -86,7 +86,7 @@ def soak(
     system = open_system("server", spec)
     assert isinstance(system, Http)
     try:
-        system.offer([Arrival(0.0, one.source, one.new) for one in arrivals[:4]])
+        system.offer([Arrival(0.0, one.source, one.new) for one in arrivals[: 2 * spec["rows"]]])
         memory = _Memory(system.server.pid)
         asks = [ask for ask, _ in clients]
         replies = asyncio.run(offer(system.server.address, arrivals, requests, asks))

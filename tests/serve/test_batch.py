@@ -138,6 +138,29 @@ def test_strict_stops_before_the_first_line_that_fails(run, pair, inputs, tmp_pa
     assert list(records(out)) == [f"id {number}" for number in range(1, 7)]
 
 
+def test_a_model_that_fails_ends_the_run(run, pair, tmp_path, monkeypatch):
+    """After some lines; what a single line breaks is noted, and the others are answered."""
+    inputs, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    inputs.write_text(
+        "".join(json.dumps(asking(number, max_tokens=number)) + "\n" for number in range(1, 41))
+    )
+    submit = twofold.Engine.submit
+
+    def failing(engine, request):
+        if request.max_new_tokens == 3 or request.max_new_tokens > 20:
+            raise MemoryError("no memory left")
+        return submit(engine, request)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(twofold.Engine, "submit", failing)
+        status, _, err = run("batch", pair, inputs, "-o", out)
+    assert status == 2
+    assert "10 lines in a row, up to 30, failed through no fault of theirs: status 500" in err
+    assert "has the answers to the first 29 lines" in err
+    assert list(records(tmp_path / "out.errors.jsonl")) == [f"id {n}" for n in (3, *range(21, 30))]
+    assert list(records(out)) == [f"id {n}" for n in range(1, 21) if n != 3]
+
+
 def test_lines_without_a_seed_get_their_own():
     line = BatchLine(number=3, url="/v1/completions", body={"prompt": "p"})
     assert seeded(line, 7) == {"prompt": "p", "seed": 7 + 3 * 2**20}

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from twofold.serve.batch_journal import BatchJournal
     from twofold.serve.opening import EngineOptions
 
+_MOST_BROKEN = 10
+"""Lines in a row that the model fails on: after these the others would fare no better."""
+
 
 def batch_command(
     model: Annotated[str, typer.Argument(help="An encoder-decoder: folder or hub name.")],
@@ -127,10 +130,17 @@ class _Run:
     def take(self, outcomes: Iterator[Outcome], n_bytes: int, *, strict: bool) -> None:
         """Write them as they come."""
         with answers_bar(n_bytes, n_bytes_before=self._journal.n_input_bytes, is_shown=True) as advance:
+            n_broken = 0
             for outcome in outcomes:
                 error = outcome.error
                 if error is not None and strict:
                     raise BadLine(f"line {outcome.line.number}: {error}")
+                n_broken = n_broken + 1 if outcome.is_broken else 0
+                if n_broken == _MOST_BROKEN:
+                    raise BadLine(
+                        f"{n_broken} lines in a row, up to {outcome.line.number}, failed through no fault of theirs: "
+                        f"{error}"
+                    )
                 self._journal.write(outcome)
                 self._n_tokens += outcome.n_tokens
                 advance(outcome.line.number, outcome.line.n_bytes, outcome.n_tokens)

@@ -57,6 +57,11 @@ class Outcome:
         return self.status_code is not None and self.status_code < 400
 
     @property
+    def is_broken(self) -> bool:
+        """Not answered through no fault of the line's."""
+        return self.status_code is not None and self.status_code >= 500
+
+    @property
     def n_tokens(self) -> int:
         """Generated."""
         usage = self.body.get("usage") if isinstance(self.body, dict) else None
