@@ -178,7 +178,7 @@ def test_a_window_of_lines_is_open_at_most(text_model):
     def lines():
         for number in range(1, 601):
             taken.append(number)
-            yield BatchLine(number=number, url="/v1/completions", body={"prompt": "p", "max_tokens": 1})
+            yield BatchLine(number=number, url="/v1/completions", body={"prompt": "p", "max_tokens": 9})
 
     batches = Batches(app)
     answers = batches.answer(lines())
@@ -186,6 +186,8 @@ def test_a_window_of_lines_is_open_at_most(text_model):
     assert len(taken) == 258
     answers.close()
     assert app.state.service.n_open == 0
+    answered = app.state.service.metrics.requests.labels("/v1/completions", "200")
+    assert answered._value.get() < 50  # the others were given up
     assert engine.submit(Request(prompt="p", max_new_tokens=1)).result()
     batches.close()
     with pytest.raises(RuntimeError, match="closed"):
