@@ -196,7 +196,7 @@ class Transformers:
             return torch.zeros(len(input_ids), dtype=torch.bool)
 
         started = time.perf_counter()
-        output = self._generate(sources, new, stopping_criteria=[note])
+        output = self.generate(sources, new, stopping_criteria=[note])
         total_s = time.perf_counter() - started
         answers = output[:, -new:].tolist()
         rows = len(sources)
@@ -205,7 +205,7 @@ class Transformers:
 
     def check(self, sources: Ids, new: int) -> Checked:
         """See `Contender`."""
-        output = self._generate(sources, new, output_logits=True, return_dict_in_generate=True)
+        output = self.generate(sources, new, output_logits=True, return_dict_in_generate=True)
         best = [logits_BV.float().log_softmax(-1).topk(2).values.tolist() for logits_BV in output.logits]
         top = [[tuple(step[row]) for step in best] for row in range(len(sources))]
         return Checked(output.sequences[:, -new:].tolist(), top)
@@ -214,7 +214,7 @@ class Transformers:
         """See `Contender`: in batches, each as long as its longest answer."""
 
         def answer(batch: Sequence[int], clock: Callable[[], float]) -> list[float]:
-            self._generate([sources[i] for i in batch], max(arrivals[i].new for i in batch))
+            self.generate([sources[i] for i in batch], max(arrivals[i].new for i in batch))
             return [clock()] * len(batch)
 
         return serve_in_batches(arrivals, answer, most=LOAD_ROWS)
@@ -224,7 +224,8 @@ class Transformers:
         return None
 
     @torch.no_grad()
-    def _generate(self, sources: Ids, new: int, **options: Any) -> Any:
+    def generate(self, sources: Ids, new: int, **options: Any) -> Any:
+        """What transformers returns, of sources padded to the longest; `options` are its own."""
         longest = max(map(len, sources))
         pads = [[0] * (longest - len(ids)) for ids in sources]
         # A decoder-only model goes on where its text ends, so its rows are padded in front.

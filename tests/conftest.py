@@ -1,5 +1,6 @@
 """Fixtures that several areas share."""
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from tests.models.tiny import build, pair_config, stack
 from twofold import EncoderDecoder
+from twofold.cli import main
 
 # The same examples in every run; `pytest --hypothesis-profile=random` looks for new ones.
 settings.register_profile("same", derandomize=True)
@@ -59,6 +61,23 @@ def text_model(byte_tokenizer: Any) -> Callable[..., EncoderDecoder]:
         return model
 
     return make
+
+
+@pytest.fixture
+def run(monkeypatch: Any, capsys: Any) -> Callable[..., tuple[int, str, str]]:
+    """Calls the command line in this process; returns exit status, stdout, stderr."""
+
+    def call(*arguments: Any) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["twofold", *map(str, arguments)])
+        try:
+            main()
+            status = 0
+        except SystemExit as exit:
+            status = exit.code or 0
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return call
 
 
 @pytest.fixture(autouse=True)

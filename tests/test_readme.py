@@ -64,6 +64,7 @@ def test_there_are_commands_for_every_verb():
         "eval",
         "frontier",
         "serve",
+        "batch",
     }
 
 
@@ -71,7 +72,9 @@ def test_there_are_commands_for_every_verb():
 def test_named_files_exist(page):
     text = page.read_text()
     named = re.findall(r"\]\(([\w/.-]+)\)", text)
-    named += re.findall(r"`((?:src|recipes|benchmarks|docs|examples|data|config)/[\w/.-]+\.\w+)`", text)
+    named += re.findall(
+        r"`((?:src|recipes|benchmarks|docs|examples|data|config|deploy|tests)/[\w/.-]+\.\w+)`", text
+    )
     for name in named:
         places = [ROOT / name, page.parent / name, ROOT / "src" / "twofold" / name]
         assert any(place.exists() for place in places), f"{page.name} names {name}"

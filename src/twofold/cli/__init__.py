@@ -12,6 +12,7 @@ import typer
 from twofold.cli import (
     adapt,
     average,
+    batch,
     bench,
     eval,
     export,
@@ -36,6 +37,7 @@ app = typer.Typer(
 app.command("adapt")(adapt.adapt_command)
 app.command("inspect")(inspect.inspect_command)
 app.command("generate")(generate.generate_command)
+app.command("batch")(batch.batch_command)
 app.command("serve")(serve.serve_command)
 app.command("train")(train.train_command)
 app.command("plan")(plan.plan_command)

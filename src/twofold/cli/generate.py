@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -12,17 +11,14 @@ from pathlib import Path
 from typing import Annotated, Any, cast
 
 import typer
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from twofold.checkpoint.load import load
-from twofold.cli.console import err, note, print_json
+from twofold.cli.answering import MOST_REPORTED, answers_bar, say_how_to_go_on
+from twofold.cli.console import note, print_json
 from twofold.infer import Engine, Request, Sampling
 from twofold.infer.backends import BACKENDS, PRECISIONS, BackendName, Precision
 from twofold.infer.files import Answer, Line, answer_lines, read_lines
 from twofold.infer.journal import Journal, fingerprint, refuse_existing
-
-_MOST_REPORTED = 20
-"""Bad lines that are named on the terminal; all are in the output."""
 
 
 def generate_command(
@@ -165,7 +161,8 @@ def generate_command(
         try:
             run.take(_with_progress(answers, n_bytes, journal))
         except BaseException as error:
-            _say_how_to_go_on(error, journal)
+            if journal is not None:
+                say_how_to_go_on(error, journal.path, journal.n_lines)
             raise
     run.summarise(as_json=json)
     if run.n_skipped:
@@ -194,7 +191,7 @@ class _Run:
             self._n_tokens += answer.n_tokens
             if answer.error is not None:
                 self._n_errors += 1
-                if self._n_errors <= _MOST_REPORTED:
+                if self._n_errors <= MOST_REPORTED:
                     note(f"line {answer.line.number} skipped: {answer.error}")
             if self._journal is not None:
                 self._journal.write(answer)
@@ -261,17 +258,11 @@ def _with_progress(
     answers: Iterator[Answer], n_bytes: int | None, journal: Journal | None
 ) -> Iterator[Answer]:
     """A bar on a terminal that shows nothing else."""
-    is_shown = err.is_terminal and (journal is not None or not sys.stdout.isatty())
-    columns = TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn()
-    n_tokens, started = 0, time.perf_counter()
-    with Progress(*columns, console=err, transient=True, disable=not is_shown) as progress:
-        n_done = 0 if journal is None else journal.n_input_bytes
-        bar = progress.add_task("generating", total=n_bytes, completed=n_done)
+    is_shown = journal is not None or not sys.stdout.isatty()
+    n_before = 0 if journal is None else journal.n_input_bytes
+    with answers_bar(n_bytes, n_bytes_before=n_before, is_shown=is_shown) as advance:
         for answer in answers:
-            n_tokens += answer.n_tokens
-            speed = n_tokens / (time.perf_counter() - started)
-            what = f"line {answer.line.number:,}, {speed:,.0f} tokens/s"
-            progress.update(bar, advance=answer.line.n_bytes, description=what)
+            advance(answer.line.number, answer.line.n_bytes, answer.n_tokens)
             yield answer
 
 
@@ -280,15 +271,3 @@ def _stream(engine: Engine, request: Request) -> None:
     for delta in engine.stream(request):
         print(delta.text, end="", flush=True)
     print()
-
-
-def _say_how_to_go_on(error: BaseException, journal: Journal | None) -> None:
-    if journal is None:
-        return
-    command = [word for word in sys.argv[1:] if word != "--resume"]
-    line = shlex.join(["twofold", *command, "--resume"])
-    there = f"{journal.path} has the answers to the first {journal.n_lines:,} lines; go on with: {line}"
-    if isinstance(error, KeyboardInterrupt):
-        note(f"stopped: {there}")
-        raise typer.Exit(130) from error
-    error.add_note(there)

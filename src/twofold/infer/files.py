@@ -15,7 +15,8 @@ from twofold.infer.engine import Engine
 from twofold.infer.handle import Handle, RequestFailed
 from twofold.infer.request import Completion, Request
 
-_BOM = b"\xef\xbb\xbf"
+BOM = b"\xef\xbb\xbf"
+"""That some programs put before the first line of a file."""
 _WAIT_S = 0.05
 """For a line that is not there yet, while others can be worked on: a file's is there at once, a pipe's may not be."""
 
@@ -72,14 +73,37 @@ def read_lines(raw: Iterable[bytes]) -> Iterator[Line]:
             {"role", "content"}), and an "id" where it likes.
     """
     for number, line in enumerate(raw, start=1):
-        content = line.removeprefix(_BOM) if number == 1 else line
+        content = line.removeprefix(BOM) if number == 1 else line
         identity = None
         try:
-            row = _row(content)
+            row = json_object(content, needs='"text" or "messages"')
             identity = row.get("id")
             yield Line(number=number, prompt=_prompt(row), id=identity, n_bytes=len(line))
         except ValueError as error:
             yield Line(number=number, id=identity, error=str(error), n_bytes=len(line))
+
+
+def json_object(content: bytes, *, needs: str) -> dict[str, Any]:
+    """One line's object.
+
+    Args:
+        content: the line.
+        needs: what the object has to hold, for the message.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if not content.strip():
+        raise ValueError(f"the line is empty; it needs a JSON object with {needs}")
+    try:
+        row = json.loads(content.decode("utf-8"))
+        if b"\\u" in content:  # half a surrogate pair can be written as JSON, but is no text
+            json.dumps(row, ensure_ascii=False).encode("utf-8")
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"not JSON in UTF-8 ({error})") from error
+    if not isinstance(row, dict):
+        raise ValueError(f"need a JSON object with {needs}, got {type(row).__name__}")
+    return row
 
 
 def answer_lines(
@@ -121,25 +145,6 @@ def answer_lines(
         for _, handle in pending:
             if isinstance(handle, Handle):
                 handle.cancel()
-
-
-def _row(content: bytes) -> dict[str, Any]:
-    """One line's object.
-
-    Raises:
-        ValueError: there is none.
-    """
-    if not content.strip():
-        raise ValueError('the line is empty; it needs a JSON object with "text" or "messages"')
-    try:
-        row = json.loads(content.decode("utf-8"))
-        if b"\\u" in content:  # half a surrogate pair can be written as JSON, but is no text
-            json.dumps(row, ensure_ascii=False).encode("utf-8")
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"not JSON in UTF-8 ({error})") from error
-    if not isinstance(row, dict):
-        raise ValueError(f'need a JSON object with "text" or "messages", got {type(row).__name__}')
-    return row
 
 
 def _prompt(row: dict[str, Any]) -> str | Messages:

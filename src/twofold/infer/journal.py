@@ -44,17 +44,13 @@ class Journal:
     ) -> None:
         self.path = path
         self.n_lines = self.n_errors = self.n_input_bytes = 0
-        beside = settings_path(path)
         if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            beside.write_text(
-                json.dumps(dict(settings), indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
-            )
+            write_settings(path, settings)
             self._file: BinaryIO = open(path, "xb")  # noqa: SIM115
             return
         if not resume:
             refuse_existing(path)
-        _refuse_other_settings(path, settings)
+        refuse_other_settings(path, settings)
         self._file = open(path, "r+b")  # noqa: SIM115
         try:
             self._file.truncate(self._read(lines))
@@ -138,7 +134,15 @@ def settings_path(path: Path) -> Path:
     return path.with_name(path.name + ".settings.json")
 
 
-def _refuse_other_settings(path: Path, settings: Mapping[str, Any]) -> None:
+def write_settings(path: Path, settings: Mapping[str, Any]) -> None:
+    """Lay them beside an output that is to be begun; its folder is made where it is missing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(dict(settings), indent=1, ensure_ascii=False)
+    settings_path(path).write_text(text + "\n", encoding="utf-8")
+
+
+def refuse_other_settings(path: Path, settings: Mapping[str, Any]) -> None:
+    """Raises FileNotFoundError or ValueError unless the output was begun with these settings."""
     beside = settings_path(path)
     if not beside.is_file():
         raise FileNotFoundError(
