@@ -18,7 +18,7 @@ from twofold.posttrain.rollout_loader import HeldOutRollouts, RolloutLoader, Rol
 from twofold.posttrain.rollouts import RolloutEngine
 from twofold.train.callbacks import Callback, TrainResult
 from twofold.train.loop import fit
-from twofold.train.run import RunFiles, build_model, find_checked_start
+from twofold.train.run import RunFiles, build_model, find_checked_start, weights_of
 from twofold.train.world import World, start_world
 
 
@@ -39,7 +39,7 @@ def train_policy(
         def make() -> EncoderDecoder:
             for source in (*recipe.data.sources, *recipe.data.held_out):
                 prompt_reader(source, rewards.columns)  # finds missing files before the model is loaded
-            return build_model(recipe.model, checkpoint)
+            return build_model(recipe.model, weights_of(recipe, checkpoint))
 
         model, prompts = build_on_ranks(
             world,

@@ -1,9 +1,10 @@
 """Answers by the engine, with the weights that are being trained.
 
 Nothing goes over the disk. Where it can, the engine runs the very parameters that the optimizer changes in place, and
-no weight is copied. Else it runs a copy in memory that is filled before each rollout: in another precision, or whole
-beside a model that is sharded over ranks. What OpenVINO has compiled holds weights in an order of its own that cannot
-be written to from outside, so that backend is made anew from memory: for SmolLM2-135M's pair some seconds each time.
+no weight is copied. Else it runs a copy in memory that is filled before each rollout: in another precision, whole
+beside a model that is sharded over ranks, or with an adapter merged. What OpenVINO has compiled holds weights in an
+order of its own that cannot be written to from outside, so that backend is made anew from memory: for SmolLM2-135M's
+pair some seconds each time.
 """
 
 from __future__ import annotations
@@ -16,12 +17,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from twofold.config.grpo import RolloutConfig
+from twofold.config.rollouts import RolloutEngineConfig
 from twofold.infer import Engine, Request, Sampling
 from twofold.infer.backends import make_backend
 from twofold.models import EncoderDecoder
 from twofold.posttrain.prompts import Prompt
-from twofold.train.parallel import whole
+from twofold.train.adapters import has_adapter
+from twofold.train.copies import empty_copy, fill_copy
 from twofold.train.world import World
 
 
@@ -45,7 +47,7 @@ class RolloutEngine:
         policy: what answers are sampled from, whole on this rank: the trained model itself, or the copy.
     """
 
-    def __init__(self, model: EncoderDecoder, config: RolloutConfig, world: World) -> None:
+    def __init__(self, model: EncoderDecoder, config: RolloutEngineConfig, world: World) -> None:
         """Nothing is allocated before `refresh`.
 
         Args:
@@ -53,7 +55,6 @@ class RolloutEngine:
             config: how to sample, and what runs it.
         """
         self._model, self._config, self._world = model, config, world
-        self._has_copy = world.size > 1 or (config.backend != "openvino" and config.precision is not None)
         self._engine: Engine | None = None
         self.policy = model
 
@@ -63,8 +64,8 @@ class RolloutEngine:
             is_first = self._engine is None
             if self._has_copy:
                 if is_first:
-                    self.policy = _empty_copy(self._model, self._dtype, self._world.device)
-                _fill(self.policy, self._model)
+                    self.policy = empty_copy(self._model, self._dtype, self._world.device)
+                fill_copy(self.policy, self._model)
             if is_first:
                 self._engine = self._new_engine()
             elif self._config.backend == "openvino":
@@ -103,6 +104,11 @@ class RolloutEngine:
             ]
 
     @property
+    def _has_copy(self) -> bool:
+        is_other_precision = self._config.backend != "openvino" and self._config.precision is not None
+        return self._world.size > 1 or is_other_precision or has_adapter(self._model)
+
+    @property
     def _dtype(self) -> torch.dtype:
         is_bfloat16 = self._config.precision == "bfloat16" and self._config.backend != "openvino"
         return torch.bfloat16 if is_bfloat16 else torch.float32
@@ -135,26 +141,3 @@ def answer_seed(seed: int, rollout: int, draw: int) -> int:
     """A seed of its own for every prompt that is drawn in a run, 62 bits, so that the answers' own fit behind it."""
     found = np.random.SeedSequence((seed, rollout, draw)).generate_state(1, np.uint64)[0]
     return int(found >> np.uint64(2))
-
-
-def _empty_copy(model: EncoderDecoder, dtype: torch.dtype, device: torch.device) -> EncoderDecoder:
-    """A model of the same shape, frozen, in eval mode; its weights are whatever was in memory."""
-    with torch.device("meta"):
-        copy = EncoderDecoder(model.config)
-    copy = copy.to(dtype).to_empty(device=device)
-    copy.tie_weights()
-    copy.tokenizer = model.tokenizer
-    return copy.requires_grad_(False).eval()
-
-
-@torch.no_grad()
-def _fill(copy: EncoderDecoder, model: EncoderDecoder) -> None:
-    """Give the copy the weights and masks of the model, in place: graphs go on reading them there."""
-    if copy.config.encoder_mask != model.config.encoder_mask or (
-        copy.config.encoder_future_share != model.config.encoder_future_share
-    ):
-        copy.set_encoder_mask(model.config.encoder_mask, future_share=model.config.encoder_future_share)
-    own = dict(copy.named_parameters())
-    for name, parameter in model.named_parameters():
-        own.pop(name).copy_(whole(parameter))
-    assert not own
