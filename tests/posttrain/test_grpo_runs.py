@@ -29,6 +29,7 @@ RUNS = {
         "policy": {"num_iterations": 2, "scale": "batch", "mask_truncated": True, "kl_coefficient": 0.1}
     },
     "copied": {"rollout": {"precision": "bfloat16", "held_out": {"temperature": 1.0, "num_samples": 2}}},
+    "adapter": {"adapter": {"rank": 2}},
 }
 
 
