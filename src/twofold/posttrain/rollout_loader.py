@@ -50,9 +50,12 @@ class RolloutParts:
     def groups(
         self, prompts: Sequence[Prompt], seeds: Sequence[int], *, num_samples: int, temperature: float
     ) -> tuple[list[Group], list[float]]:
-        """Answers and rewards, with the weights as they are; and the seconds that either took. On all ranks."""
+        """Answers and rewards, with the weights as they are; and the seconds that either took. On all ranks, also on
+        one that has no prompt."""
         started = time.perf_counter()
         self.engine.refresh()
+        if not prompts:
+            return [], [time.perf_counter() - started, 0.0]
         answers = self.engine.answer(prompts, seeds, num_samples=num_samples, temperature=temperature)
         written = time.perf_counter()
         pairs = [(p, answer) for p, group in zip(prompts, answers, strict=True) for answer in group]
@@ -220,12 +223,9 @@ class HeldOutRollouts:
             num_samples=sampling.num_samples,
             temperature=sampling.temperature,
         )
-        answered = {
-            n: group._replace(prompt=self._prompts[0])  # which the others have
-            for n, group in zip(numbers, groups, strict=True)
-        }
-        whole = {n: group for part in world.gather(answered) for n, group in part.items()}
-        ordered = [whole[n]._replace(prompt=prompt) for n, prompt in enumerate(self._prompts)]
+        own = {n: (group.answers, group.rewards) for n, group in zip(numbers, groups, strict=True)}
+        whole = {n: found for part in world.gather(own) for n, found in part.items()}
+        ordered = [Group(prompt, *whole[n]) for n, prompt in enumerate(self._prompts)]
         size = recipe.data.prompts_per_batch
         for start in range(0, len(ordered), size):
             part = ordered[start : start + size]
