@@ -148,7 +148,7 @@ class PolicyConfig(Config):
 
     aggregation: Literal["token", "sequence", "constant"] = "token"
     """`token`: every token of a step weighs the same (DAPO). `sequence`: every answer does, its tokens share that
-    (GRPO). `constant`: sums over answers, divided by max_new_tokens (Dr. GRPO)."""
+    (GRPO). `constant`: the sum over an answer's tokens, divided by max_new_tokens (Dr. GRPO, RLOO)."""
 
     clip_low: float = Field(default=0.2, gt=0, lt=1)
     """The importance ratio counts down to 1 - clip_low."""

@@ -65,7 +65,7 @@ def advantages(
         Exactly 0 in groups whose rewards are all equal. Standard deviations have the divisor K - 1.
     """
     n_answers = rewards_GK.shape[1]
-    found = rewards_GK - rewards_GK.mean(axis=1, keepdims=True)
+    found: npt.NDArray[np.float64] = rewards_GK - rewards_GK.mean(axis=1, keepdims=True)
     if config.baseline == "leave_one_out":
         found *= n_answers / (n_answers - 1)
     if config.scale == "std":
@@ -177,6 +177,8 @@ class PolicyObjective(Objective):
         told = {
             name: means[name] / means[counted] for counted, names in kinds if means[counted] for name in names
         }
+        if not means["tokens"]:
+            told.pop("scoring_seconds")  # of an evaluation, which scores nothing
         if self.config.kl_coefficient == 0:
             told.pop("kl", None)
         if self.config.num_iterations == 1:

@@ -19,11 +19,10 @@ from torch import nn
 
 from twofold.config.rollouts import RolloutEngineConfig
 from twofold.infer import Engine, Request, Sampling
-from twofold.infer.backends import make_backend
 from twofold.models import EncoderDecoder
 from twofold.posttrain.prompts import Prompt
 from twofold.train.adapters import has_adapter
-from twofold.train.copies import empty_copy, fill_copy
+from twofold.train.copies import copy_weights, empty_copy
 from twofold.train.world import World
 
 
@@ -61,18 +60,14 @@ class RolloutEngine:
     def refresh(self) -> None:
         """Take the weights as they are now; on all ranks. To be called after updates, before `answer`."""
         with evaluating(self._model):
-            is_first = self._engine is None
             if self._has_copy:
-                if is_first:
+                if self._engine is None:
                     self.policy = empty_copy(self._model, self._dtype, self._world.device)
-                fill_copy(self.policy, self._model)
-            if is_first:
+                copy_weights(self.policy, self._model)
+            if self._config.backend == "openvino":
+                self._engine = None  # gone before another one needs its memory
+            if self._engine is None:
                 self._engine = self._new_engine()
-            elif self._config.backend == "openvino":
-                assert self._engine is not None
-                self._engine.loop.backend = make_backend(
-                    self.policy, backend="openvino", precision=self._config.precision
-                )
 
     def answer(
         self, prompts: Sequence[Prompt], seeds: Sequence[int], *, num_samples: int, temperature: float

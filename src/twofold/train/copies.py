@@ -19,7 +19,7 @@ def empty_copy(model: EncoderDecoder, dtype: torch.dtype, device: torch.device) 
 
 
 @torch.no_grad()
-def fill_copy(copy: EncoderDecoder | None, model: EncoderDecoder) -> None:
+def copy_weights(copy: EncoderDecoder | None, model: EncoderDecoder) -> None:
     """Give the copy the weights and masks of the model, in place: graphs go on reading them there.
 
     All ranks call it, because tensors are gathered one by one.

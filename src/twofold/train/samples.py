@@ -20,7 +20,7 @@ from twofold.infer import Engine, Request
 from twofold.infer.limits import check_inputs
 from twofold.models import EncoderDecoder, EncoderModel
 from twofold.train.adapters import has_adapter
-from twofold.train.copies import empty_copy, fill_copy
+from twofold.train.copies import copy_weights, empty_copy
 from twofold.train.world import World
 
 
@@ -72,7 +72,7 @@ class Sampler:
         if self._world.size > 1 or has_adapter(model):
             world = self._world
             copied = empty_copy(model, torch.float32, world.device) if world.is_main else None
-            fill_copy(copied, model)
+            copy_weights(copied, model)
             if copied is None:
                 return []
             model = copied
