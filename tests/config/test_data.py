@@ -82,6 +82,18 @@ def test_ranges(fields):
         ({"path": "a", "prompt_field": "p"}, "go together"),
         ({**PAIRS, "messages_field": "m"}, "not both"),
         ({"path": "a", "format": "text", "messages_field": "m"}, "has no columns"),
+        ({**PAIRS, "prompt_template": "{p}"}, "prompt_field .* two ways to say one thing"),
+        ({"path": "a", "prompt_template": "{p}"}, "go together"),
+        ({"path": "a", "prompt_template": "p", "completion_field": "c"}, "names no column"),
+        ({"path": "a", "prompt_template": "{p", "completion_field": "c"}, "write {{ for a brace itself"),
+        ({"path": "a", "prompt_template": "{p.x}", "completion_field": "c"}, "braces hold a column"),
+        ({"path": "a", "prompt_template": "{p!r}", "completion_field": "c"}, "braces hold a column"),
+        ({"path": "a", "completion_path": "b", "messages_field": "m"}, "not both"),
+        ({"path": "a", "completion_path": "b", "format": "jsonl"}, "for text files, got format 'jsonl'"),
+        (
+            {"path": "a", "completion_path": "b", "prompt_template": "{en}"},
+            "columns prompt and completion, got .*en",
+        ),
     ],
 )
 def test_source_checks(fields, message):
@@ -95,6 +107,10 @@ def test_source_checks(fields, message):
         ({**PAIRS, "text_field": "t"}, "text_field='t' has no effect"),
         ({"path": "a", "format": "jsonl", "document": "line"}, "document='line' has no effect"),
         ({"path": "a", "format": "jsonl", "split": "test"}, "split='test' has no effect"),
+        (
+            {"path": "a", "completion_path": "b", "document": "paragraph"},
+            "document='paragraph' has no effect",
+        ),
     ],
 )
 def test_source_warns_of_settings_without_effect(fields, message):

@@ -43,7 +43,8 @@ def test_every_recipe_is_valid(path, tmp_path, monkeypatch, recwarn):
         assert read_run(path, overrides).steps == 2
     assert recipe.data.sources[0].path.startswith(f"{tmp_path}/")
     donors = ("HuggingFaceTB/SmolLM2-135M-Instruct", "google/gemma-")
-    assert recipe.model.adapt.encoder.startswith(donors)
+    start = recipe.model.path if recipe.model.adapt is None else recipe.model.adapt.encoder
+    assert start.startswith((*donors, "google/t5gemma-"))
     assert not recwarn.list
 
 
@@ -52,6 +53,11 @@ def test_there_are_recipes():
         "smollm2-prefixlm",
         "smollm2-ul2",
         "smollm2-summarise",
+        "smollm2-translate",
+        "smollm2-answer",
+        "smollm2-instruct",
+        "t5gemma-2b-2b-instruct",
+        "t5gemma-9b-2b-instruct",
         "smollm2-prefixlm-kd",
         "smollm2-t5gemma2",
         "smollm2-distill-targets",

@@ -49,6 +49,53 @@ def test_supervised_columns(tmp_path):
     assert opened(file, messages_field="m") == [{"messages": turns}]
 
 
+def test_templates(tmp_path):
+    file = tmp_path / "a.jsonl"
+    row = {"task": "Add.", "input": "", "steps": ["one", "two"], "{x}": 1, "n": 3}
+    file.write_text(json.dumps(row))
+    record = {"prompt": "Add.", "completion": "two: {one two}"}
+    fields = {"prompt_template": "{task}\n\n{input}", "completion_template": "{steps[1]}: {{{steps}}}"}
+    assert opened(file, **fields) == [record]
+    assert opened(file, prompt_template="{task} {task}", completion_field="task") == [
+        {"prompt": "Add. Add.", "completion": "Add."}
+    ]
+    for template, message in (
+        ("{steps[2]}", "line 1: column 'steps' has 2 items, item 2"),
+        ("{n}", "line 1: column 'n' must be a text or a list of texts, got int"),
+        ("{task[0]}", "line 1: column 'task' must be a list of texts, got str"),
+    ):
+        with pytest.raises(BadRecord, match=message) as error:
+            opened(file, prompt_template=template, completion_field="task")
+        assert error.value.reason == "wrong type"
+
+
+def test_parallel_files(tmp_path):
+    english, german = tmp_path / "a.en.gz", tmp_path / "a.de"
+    english.write_bytes(gzip.compress("\ufeffA dog.\n\nA cat. \n".encode()))
+    german.write_text("Ein Hund.\n\nEine Katze.\n", encoding="utf-8")
+    fields = {"completion_path": str(german)}
+    assert opened(english, **fields) == [
+        {"prompt": "A dog.", "completion": "Ein Hund."},
+        {"prompt": "A cat.", "completion": "Eine Katze."},
+    ]
+    assert opened(english, prompt_template="Say {prompt}", **fields)[1]["prompt"] == "Say A cat."
+    reader = SourceReader(SourceConfig(path=str(english), **fields))
+    assert [raw.where for raw in reader] == [f"{english}, line {n}" for n in (1, 3)]
+    assert reader.share_read == 1
+    before = reader.identity()
+    german.write_text("Ein Hund.\n\n")
+    assert SourceReader(SourceConfig(path=str(english), **fields)).identity() != before
+    with pytest.raises(ValueError, match=r"as many lines, but .*a.en.gz goes on after line 2"):
+        opened(english, **fields)
+    with pytest.raises(FileNotFoundError, match="completion_path"):
+        opened(english, completion_path=str(tmp_path / "absent"))
+    with pytest.raises(ValueError, match="goes with one file"):
+        opened(tmp_path, completion_path=str(german), format="text")
+    english.write_bytes(b"\x1f\x8bbroken")
+    with pytest.raises(ValueError, match=r"broken \.gz"):
+        opened(english, **fields)
+
+
 def test_folders_and_globs(tmp_path):
     (tmp_path / "b.txt").write_text("second")
     (tmp_path / "a").mkdir()

@@ -13,6 +13,7 @@ from tests.models.tiny import assert_same, build, differ, pair_config, random_id
 from tests.train.ranks import on_ranks  # noqa: E402
 from tests.train.test_loop import StopAfter, optimizer_tensors  # noqa: E402
 from tests.train.tiny_run import TEXTS, loader, recipe, settings, tiny_model  # noqa: E402
+from twofold.checkpoint.card import stored_history  # noqa: E402
 from twofold.checkpoint.load import load  # noqa: E402
 from twofold.checkpoint.save import save  # noqa: E402
 from twofold.checkpoint.shards import ShardsSource  # noqa: E402
@@ -243,6 +244,8 @@ def test_a_resumed_run_equals_the_run_that_never_stopped(changes, tmp_path):
     saved = json.loads((whole.output / "adapter" / "adapter_config.json").read_text())
     assert saved["base_model_name_or_path"] == str(tmp_path / "start")
     assert saved["inference_mode"]
+    told = [phase.step for phase in load(resumed.model_path).history.phases]
+    assert told == [4]  # one phase, though it was resumed
 
 
 def test_without_merging_the_adapter_is_the_result(tmp_path):
@@ -251,6 +254,14 @@ def test_without_merging_the_adapter_is_the_result(tmp_path):
     assert not (tmp_path / "run" / "model").exists()
     hf = TwofoldForConditionalGeneration.of(load(tmp_path / "start"))
     assert peft.PeftModel.from_pretrained(hf, result.model_path)
+
+    card = (result.model_path / "README.md").read_text()
+    assert "library_name: peft" in card
+    assert "twofold merge BASE FOLDER" in card
+    merge_adapter(tmp_path / "start", result.model_path, tmp_path / "merged")
+    told = load(tmp_path / "merged").history
+    assert told == stored_history(result.model_path)
+    assert [phase.step for phase in told.phases] == [2]
 
 
 def test_memory_savers_and_phases_change_nothing_else(tmp_path):

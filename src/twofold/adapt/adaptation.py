@@ -19,7 +19,10 @@ from twofold.adapt.profile import Profile, profile_encoder
 from twofold.adapt.refit import Refit, refit_decoder
 from twofold.adapt.stitch import Stitch, stitch
 from twofold.checkpoint import Checkpoint, copy_tokenizer, resolve, same_tokenizer
+from twofold.checkpoint.card import donor_of, versions
 from twofold.checkpoint.save import CheckpointWriter
+from twofold.config.history import Donor as DonorRecord
+from twofold.config.history import History, Origin
 from twofold.models import EncoderDecoder
 from twofold.models.families import donor_family
 
@@ -136,6 +139,10 @@ def adapt(
         model = _in_memory(encoder, decoder, choices, dtype, seed, fitted)
     assert model.adaptation is not None
     model.adaptation |= findings
+    assert model.history is not None
+    assert model.history.origin is not None
+    fitted_on = {"fitted_tokens": _fitted_tokens(findings)}
+    model.history = History(origin=model.history.origin.model_copy(update=fitted_on))
     return model
 
 
@@ -155,6 +162,7 @@ def _in_memory(
         model.tie_weights()
         model.tokenizer = adaptation.tokenizer
         model.adaptation = adaptation.report()
+        model.history = History(origin=adaptation.origin())
     assert not any(p.is_meta for p in model.parameters()), "the plan left a parameter without a value"
     return model.requires_grad_(True).eval()
 
@@ -265,9 +273,10 @@ def adapt_to_folder(
 ) -> dict[str, Any]:
     """Make an encoder-decoder checkpoint, tensor by tensor, without ever holding a model in memory.
 
-    Writes config.json, model.safetensors (or shards), the tokenizer, and adaptation.json, which names for each
-    tensor its source, rule and shape. Peak memory is that of the largest tensor; where the encoder's mask is measured
-    that of the donor, with a `decoder_depth` or the stitched start that of the pair.
+    Writes config.json, model.safetensors (or shards), the tokenizer, the card (README.md and history.json), and
+    adaptation.json, which names for each tensor its source, rule and shape. Peak memory is that of the largest tensor;
+    where the encoder's mask is measured that of the donor, with a `decoder_depth` or the stitched start that of the
+    pair.
 
     Args:
         out: a folder that does not exist yet, unless `overwrite`.
@@ -303,6 +312,7 @@ def adapt_to_folder(
         if job.tokenizer is not None:
             copy_tokenizer(job.checkpoints["decoder"], writer.folder, job.tokenizer)
         report = job.report() | findings
+        writer.write_card(History(origin=job.origin(findings)), job.plan.config)
         (writer.folder / "adaptation.json").write_text(json.dumps(report, indent=1) + "\n")
     return report
 
@@ -324,6 +334,26 @@ class Adaptation:
     def tensors(self) -> Iterator[Initialised]:
         """The pair's parameters, one by one."""
         return initialise(self.plan, self.donors, dtype=self.dtype, seed=self.seed, fitted=self.fitted)
+
+    def origin(self, findings: Mapping[str, Any] | None = None) -> Origin:
+        """What the card says of where the pair comes from; `findings` as from `settle`."""
+        choices = self.plan.choices
+        named = self.checkpoints["encoder"], self.checkpoints["decoder"]
+        if named[0] is named[1]:
+            donors: tuple[DonorRecord, ...] = (donor_of(named[0], "both"),)
+        else:
+            donors = donor_of(named[0], "encoder"), donor_of(named[1], "decoder")
+        return Origin(
+            kind="adapted",
+            donors=donors,
+            start=choices.start,
+            cross_attention=_cross_attention_start(self.plan),
+            encoder_layers=None if choices.encoder_layers is None else tuple(choices.encoder_layers),
+            decoder_layers=None if choices.decoder_layers is None else tuple(choices.decoder_layers),
+            fitted_tokens=_fitted_tokens(findings or {}),
+            seed=self.seed,
+            versions=versions(),
+        )
 
     def report(self) -> dict[str, Any]:
         """What adaptation.json says: for each tensor where it came from."""
@@ -351,6 +381,11 @@ class Adaptation:
             "unused_donor_tensors": unused_tensors(self.plan, self.donors),
             "tensors": tensors,
         }
+
+
+def _fitted_tokens(findings: Mapping[str, Any]) -> int | None:
+    fit = findings.get("stitch") or findings.get("refit")
+    return None if fit is None else int(fit["tokens"])
 
 
 def _cross_attention_start(plan: Plan) -> str:

@@ -7,6 +7,7 @@ from typing import TypeVar
 
 import torch
 
+from twofold.checkpoint.card import read_history
 from twofold.checkpoint.resolve import Checkpoint, resolve
 from twofold.checkpoint.tensors import TensorSource
 from twofold.config import EncoderDecoderConfig
@@ -73,6 +74,7 @@ def fill(
     model.load_state_dict(state, assign=True, strict=False)  # shared parameters come under one name
     model.tie_weights()
     model.tokenizer = checkpoint.tokenizer()
+    model.history = read_history(checkpoint)
     return model.requires_grad_(True).eval()
 
 

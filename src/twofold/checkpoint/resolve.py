@@ -8,11 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from twofold.checkpoint.gguf import GGUFSource, gguf_config, gguf_tokenizer, has_tokenizer
+from twofold.checkpoint.gguf_header import read_gguf_header
 from twofold.checkpoint.shards import PATTERN, ShardsSource
 from twofold.checkpoint.tensors import SafetensorsSource, TensorSource, read_json
 
 CONFIG_FILE = "config.json"
+HISTORY_FILE = "history.json"
+"""What was done to a model, see `twofold.config.history`."""
+
 VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 """A folder with one of these has a tokenizer."""
 
@@ -32,7 +38,11 @@ _HUB_FILES = (
     "model*.safetensors",
     "model.safetensors.index.json",
     *TOKENIZER_FILES,
+    HISTORY_FILE,
+    "README.md",  # its licence
 )
+_GEMMA_TYPES = ("gemma", "t5gemma")
+"""Beginnings of model types whose terms cover everything that is derived from them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,6 +73,17 @@ class Checkpoint:
         if self.gguf_file is not None:
             return has_tokenizer(self.gguf_file)
         return any((self.folder / name).is_file() for name in VOCABULARY_FILES)
+
+    @property
+    def license(self) -> str | None:
+        """As the hub names it: of the model card in the folder, or of a GGUF file; None where they do not say."""
+        if self.gguf_file is not None:
+            stated = read_gguf_header(self.gguf_file).metadata.get("general.license")
+        else:
+            stated = _card_license(self.folder / "README.md")
+        if stated is None and str(self.config.get("model_type", "")).startswith(_GEMMA_TYPES):
+            return "gemma"
+        return stated
 
     def tokenizer(self) -> Any:
         """The `transformers` tokenizer, or None, with a warning, where the checkpoint has none."""
@@ -207,6 +228,21 @@ def _download(name: str) -> Path:
             f"https://huggingface.co/{name} and log in with `hf auth login`; offline, only what was "
             "downloaded before is found"
         ) from error
+
+
+def _card_license(card: Path) -> str | None:
+    """From the front matter of a model card; what is no YAML says nothing."""
+    if not card.is_file():
+        return None
+    parts = re.split(r"^---\s*$", card.read_text(encoding="utf-8", errors="replace"), maxsplit=2, flags=re.M)
+    if len(parts) < 3 or parts[0].strip():
+        return None
+    try:
+        content = yaml.safe_load(parts[1])
+    except yaml.YAMLError:
+        return None
+    stated = content.get("license") if isinstance(content, dict) else None
+    return stated if isinstance(stated, str) else None
 
 
 def _load_tokenizer(checkpoint: Checkpoint) -> Any:

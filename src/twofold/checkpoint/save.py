@@ -12,8 +12,10 @@ from typing import Literal, Self
 import torch
 from torch import Tensor
 
+from twofold.checkpoint.card import write_card
 from twofold.checkpoint.writer import SafetensorsWriter, new_folder
 from twofold.config import EncoderDecoderConfig
+from twofold.config.history import History
 from twofold.models import EncoderDecoder
 from twofold.models.families import PAIRS
 
@@ -75,6 +77,13 @@ class CheckpointWriter:
             self._write_json("generation_config.json", {"use_cache": True, **tokens})
         self._write_json("config.json", written)
 
+    def write_card(
+        self, history: History | None, config: EncoderDecoderConfig, architecture: str = "EncoderDecoder"
+    ) -> None:
+        """README.md and history.json, see `twofold.checkpoint.card`; nothing for a model without a history."""
+        if history is not None:
+            write_card(self.folder, history, config, architecture=architecture, format=self._format)
+
     def write_tensors(
         self,
         planned: Sequence[tuple[str, tuple[int, ...], torch.dtype]],
@@ -106,7 +115,7 @@ def save(
 ) -> None:
     """Write a model and its tokenizer as a folder with config.json, model.safetensors (or shards) and tokenizer files.
 
-    Shared parameters are stored once.
+    Shared parameters are stored once. A model with a history gets its card, README.md and history.json.
 
     Args:
         format: `twofold`; or `t5gemma`, `t5gemma2` for files that transformers loads, where the model is one of these.
@@ -117,6 +126,7 @@ def save(
     """
     with CheckpointWriter(path, format=format, overwrite=overwrite) as writer:
         writer.write_config(model.config)
+        writer.write_card(model.history, model.config)
         parameters = list(model.named_parameters())
         planned = [(name, tuple(p.shape), p.dtype) for name, p in parameters]
         writer.write_tensors(planned, ((name, p.detach()) for name, p in parameters), max_shard_bytes)

@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from twofold.cli.console import note, out, print_json
-from twofold.config.recipe import load_recipe
+from twofold.posttrain.stages import read_run
 from twofold.train.plan import DEFAULT_EFFICIENCY, NAMES, RunPlan, find_device, plan_run
 
 
@@ -44,7 +44,7 @@ def plan_command(
     if (mean_source is None) != (mean_target is None):
         raise ValueError("--mean-source and --mean-target go together; give both or neither")
     lengths = None if mean_source is None or mean_target is None else (mean_source, mean_target)
-    run = load_recipe(recipe, overrides or ())
+    run = read_run(recipe, overrides or ())
     device = find_device(gpu, measure=measure)
     plan = plan_run(
         run,
@@ -106,12 +106,12 @@ def _show(plan: RunPlan) -> None:
     out.print(f"[bold]the run[/] {run}", soft_wrap=True)
     usable = f"{_bytes(plan.peak.total)} of {_bytes(plan.usable_bytes)} usable per device"
     verdict = "[bold green]fits[/]" if plan.fits else "[bold red]does not fit[/]"
-    out.print(
-        f"{verdict}: {usable}; largest data.rows_per_batch: {plan.largest_rows_per_batch}", soft_wrap=True
-    )
+    out.print(f"{verdict}: {usable}; largest {plan.rows_key}: {plan.largest_rows_per_batch}", soft_wrap=True)
     for change in plan.changes:
         mark = "fits" if change.fits else "not enough alone"
         out.print(f"  saves {_bytes(change.saves_bytes)}, {mark}: {escape(change.what)}", soft_wrap=True)
+    for what in plan.notes:
+        out.print(f"[bold]note:[/] {escape(what)}", soft_wrap=True)
     for problem in plan.problems:
         out.print(f"[yellow]look at this:[/] {escape(problem)}", soft_wrap=True)
 

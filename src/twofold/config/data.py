@@ -6,6 +6,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from twofold.config.base import Config
+from twofold.config.template import template_columns
 
 
 def _warn_without_effect(config: Config, fields: tuple[str, ...], because: str) -> None:
@@ -29,10 +30,21 @@ class SourceConfig(Config):
     """Column of the text, where no other field is set."""
 
     prompt_field: str | None = None
-    """Column of the prompt of a supervised pair; needs `completion_field`."""
+    """Column of the prompt of a supervised pair; goes with a completion."""
 
     completion_field: str | None = None
-    """Column of the answer of a supervised pair; needs `prompt_field`."""
+    """Column of the answer of a supervised pair; goes with a prompt."""
+
+    prompt_template: str | None = None
+    """The prompt as text with columns in braces, in place of `prompt_field`: `Translate to German: {en}`. A list of
+    texts is joined with spaces, `{summaries[0]}` takes one of it; `{{` is a brace. White space at both ends is cut."""
+
+    completion_template: str | None = None
+    """The answer likewise, in place of `completion_field`."""
+
+    completion_path: str | None = None
+    """A second text file, whose lines are the answers to the lines of `path`, as parallel corpora are kept. The columns
+    are `prompt` and `completion`."""
 
     messages_field: str | None = None
     """Column of a conversation: a list of {"role", "content"} that ends with the assistant's reply."""
@@ -58,23 +70,61 @@ class SourceConfig(Config):
     @property
     def is_supervised(self) -> bool:
         """Whether the records are pairs or conversations, not running text."""
-        return self.prompt_field is not None or self.messages_field is not None
+        sides = (self.prompt_field, self.prompt_template, self.messages_field, self.completion_path)
+        return any(side is not None for side in sides)
+
+    @property
+    def templates(self) -> tuple[str, str]:
+        """Of prompt and completion, for supervised pairs that are no conversations."""
+        prompt = (
+            f"{{{self.prompt_field or 'prompt'}}}" if self.prompt_template is None else self.prompt_template
+        )
+        if self.completion_template is not None:
+            return prompt, self.completion_template
+        return prompt, f"{{{self.completion_field or 'completion'}}}"
+
+    def _check_sides(self) -> None:
+        sides = {}
+        for side in ("prompt", "completion"):
+            field, template = getattr(self, f"{side}_field"), getattr(self, f"{side}_template")
+            if field is not None and template is not None:
+                raise ValueError(
+                    f"{side}_field ({field!r}) and {side}_template ({template!r}) are two ways to say one thing; "
+                    "remove one"
+                )
+            if template is not None:
+                template_columns(template)
+            sides[side] = field if template is None else template
+        prompt, completion = sides.values()
+        if self.completion_path is None and (prompt is None) != (completion is None):
+            raise ValueError(
+                f"prompt_field and completion_field go together (or their templates), got {prompt!r} and "
+                f"{completion!r}; set both or neither"
+            )
+        if (prompt or completion or self.completion_path) and self.messages_field is not None:
+            raise ValueError(
+                f"a source has either prompt_field ({prompt!r}) and completion_field or "
+                f"messages_field ({self.messages_field!r}), not both; remove one"
+            )
+
+    def _check_parallel(self) -> None:
+        if self.completion_path is None:
+            return
+        if self.format not in ("auto", "text"):
+            raise ValueError(f"completion_path is for text files, got format {self.format!r}; remove one")
+        columns = {column for template in self.templates for column in template_columns(template)}
+        if not columns <= {"prompt", "completion"}:
+            raise ValueError(
+                f"two parallel files have the columns prompt and completion, got {', '.join(sorted(columns))}"
+            )
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         if not self.path:
             raise ValueError("path must name a file, folder, glob or dataset, got an empty string")
-        if (self.prompt_field is None) != (self.completion_field is None):
-            raise ValueError(
-                f"prompt_field and completion_field go together, got {self.prompt_field!r} and "
-                f"{self.completion_field!r}; set both or neither"
-            )
-        if self.prompt_field is not None and self.messages_field is not None:
-            raise ValueError(
-                f"a source has either prompt_field ({self.prompt_field!r}) and completion_field or "
-                f"messages_field ({self.messages_field!r}), not both; remove one"
-            )
-        if self.format == "text" and self.is_supervised:
+        self._check_sides()
+        self._check_parallel()
+        if self.format == "text" and self.is_supervised and self.completion_path is None:
             raise ValueError(
                 f"format 'text' has no columns, but prompt_field or messages_field is set for {self.path!r}; "
                 "use jsonl, parquet or hf"
@@ -83,6 +133,8 @@ class SourceConfig(Config):
             _warn_without_effect(self, ("text_field",), "the source has prompt_field or messages_field")
         if self.format in ("jsonl", "parquet", "hf"):
             _warn_without_effect(self, ("document",), f"in format {self.format!r} each row is one document")
+        if self.completion_path is not None:
+            _warn_without_effect(self, ("document",), "each line of parallel files is one document")
         if self.format in ("text", "jsonl", "parquet"):
             _warn_without_effect(self, ("split",), f"format {self.format!r} has no splits")
         return self
@@ -276,7 +328,7 @@ class DataConfig(Config):
             if supervised and not source.is_supervised:
                 raise ValueError(
                     f"objective 'supervised' needs pairs, but source {source.path!r} has only text; set "
-                    "prompt_field and completion_field, or messages_field"
+                    "prompt_field and completion_field (or templates), or messages_field"
                 )
             if not supervised and source.is_supervised:
                 raise ValueError(

@@ -416,7 +416,8 @@ def _item(at: Any, name: str, override: str) -> Any:
     raise ValueError(f"override {override!r}: there is no key {name!r}; the recipe has {held} there")
 
 
-_PATH_KEYS = ("path", "output", "encoder", "decoder", "cache", "teacher", "targets")
+PATH_KEYS = ("path", "completion_path", "output", "encoder", "decoder", "cache", "teacher", "targets")
+"""Settings that name files, folders or repositories."""
 
 
 def _expanded(value: Any, file: Path, key: str) -> Any:
@@ -425,7 +426,7 @@ def _expanded(value: Any, file: Path, key: str) -> Any:
         return {name: _expanded(v, file, f"{key}.{name}".lstrip(".")) for name, v in value.items()}
     if isinstance(value, list):
         return [_expanded(v, file, f"{key}.{i}") for i, v in enumerate(value)]
-    if not isinstance(value, str) or key.rpartition(".")[2] not in _PATH_KEYS:
+    if not isinstance(value, str) or key.rpartition(".")[2] not in PATH_KEYS:
         return value
 
     def variable(match: re.Match[str]) -> str:

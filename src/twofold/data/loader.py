@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from twofold.config.data import DataConfig
+from twofold.config.history import Reading, source_use
 from twofold.data.batch import Batch, collate
 from twofold.data.convention import Convention
 from twofold.data.examples import ExampleMaker
@@ -114,6 +115,27 @@ class Loader(Iterator[Batch]):
         if self.truncated:
             lines.append(f"{self.truncated:,} pairs are longer than a row and are cut")
         return lines
+
+    def reading(self, state: Mapping[str, Any] | None = None) -> Reading:
+        """What the sources hold, and what was drawn of them.
+
+        Args:
+            state: see `state_dict`; with the streams of all ranks. None: nothing is said of what was drawn.
+        """
+        streams = [] if state is None else list(state["streams"].values())
+        sources = [
+            source_use(
+                corpus.source.path,
+                corpus.source.format,
+                records=len(corpus),
+                tokens=corpus.num_tokens,
+                weight=corpus.source.weight,
+                tokens_drawn=sum(stream["tokens"].get(str(n), 0) for stream in streams) if streams else None,
+            )
+            for n, corpus in enumerate(self._corpora)
+        ]
+        examples = sum(stream["counts"]["examples"] for stream in streams) if streams else None
+        return Reading(sources=tuple(sources), examples_drawn=examples)
 
     def next_step(self) -> list[Batch]:
         """One batch of each owned stream, in their order.

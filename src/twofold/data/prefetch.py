@@ -6,6 +6,7 @@ from queue import Empty, Queue
 from types import TracebackType
 from typing import Any, Self
 
+from twofold.config.history import Reading
 from twofold.data.batch import Batch
 from twofold.data.loader import Loader
 
@@ -47,6 +48,10 @@ class Prefetcher:
     def one_pass(self) -> Iterator[Batch]:
         """See `Loader.one_pass`."""
         return self._loader.one_pass()
+
+    def reading(self, state: Mapping[str, Any] | None = None) -> Reading:
+        """See `Loader.reading`."""
+        return self._loader.reading(state)
 
     def state_dict(self) -> dict[str, Any]:
         """See `Loader.state_dict`."""

@@ -10,10 +10,13 @@ import io
 import json
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import zip_longest
 from pathlib import Path
 from typing import IO, Any, Literal, NamedTuple, TypeAlias, cast
 
 from twofold.config.data import SourceConfig
+from twofold.config.template import fill_template, template_columns
 
 Record: TypeAlias = dict[str, Any]
 """{"text": str}, {"prompt": str, "completion": str} or {"messages": [{"role": str, "content": str}, ...]}."""
@@ -75,6 +78,9 @@ class SourceReader:
             self._dataset = _open_dataset(config, path, self._columns)
         else:
             self._files = _find_files(config)
+        self._answers: Path | None = None
+        if config.completion_path is not None:
+            self._answers = _find_answers(self._files, config)
         self._sizes = [file.stat().st_size for file in self._files]
         self._done = 0
         self._open: IO[bytes] | None = None
@@ -83,7 +89,8 @@ class SourceReader:
         """What changes when the data does, JSON-able: names, sizes and times of files, or a fingerprint."""
         if self._dataset is not None:
             return [self._config.path, self._config.split, self._dataset._fingerprint, len(self._dataset)]
-        return [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in self._files]
+        files = self._files if self._answers is None else [*self._files, self._answers]
+        return [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
 
     @property
     def share_read(self) -> float:
@@ -104,6 +111,9 @@ class SourceReader:
                 self._done = number + 1
                 yield RawRecord(f"{self._config.path}, row {number}", "row", row)
             return
+        if self._answers is not None:
+            yield from self._read_parallel(self._files[0], self._answers)
+            return
         for file, size in zip(self._files, self._sizes, strict=True):
             kind = self._kind(file)
             if kind == "text" and self._config.is_supervised:
@@ -115,6 +125,21 @@ class SourceReader:
             else:
                 yield from self._read_bytes(file, kind)
             self._done += size
+
+    def _read_parallel(self, prompts: Path, completions: Path) -> Iterator[RawRecord]:
+        """Line by line; where one is empty on both sides there is no record."""
+        with _lines_of(prompts) as first, _lines_of(completions) as second:
+            for number, (prompt, completion) in enumerate(zip_longest(first, second), start=1):
+                if prompt is None or completion is None:
+                    longer = completions if prompt is None else prompts
+                    raise ValueError(
+                        f"{prompts} and {completions} must have as many lines, but {longer} goes on after line "
+                        f"{number - 1}; give two files of one corpus"
+                    )
+                row = {"prompt": prompt.strip(), "completion": completion.strip()}
+                if any(row.values()):
+                    yield RawRecord(f"{prompts}, line {number}", "row", row)
+        self._done = self._sizes[0]
 
     def _kind(self, file: Path) -> str:
         return (_format_of(file) or "text") if self._config.format == "auto" else self._config.format
@@ -185,6 +210,8 @@ def _record(values: Sequence[Any], columns: Sequence[str], config: SourceConfig,
     if config.messages_field is not None:
         _check_messages(values[0], columns[0], where)
         return {"messages": values[0]}
+    if config.prompt_template is not None or config.completion_template is not None:
+        return _filled(dict(zip(columns, values, strict=True)), config, where)
     for name, value in zip(columns, values, strict=True):
         if not isinstance(value, str):
             raise BadRecord(
@@ -193,8 +220,19 @@ def _record(values: Sequence[Any], columns: Sequence[str], config: SourceConfig,
     if not any(value.strip() for value in values):
         raise BadRecord("empty text", f"{where}: empty text")
     if config.is_supervised:
-        return {"prompt": values[0], "completion": values[1]}
+        # One column may be both sides.
+        return {"prompt": values[0], "completion": values[-1]}
     return {"text": values[0]}
+
+
+def _filled(row: Mapping[str, Any], config: SourceConfig, where: str) -> Record:
+    try:
+        prompt, completion = (fill_template(template, row) for template in config.templates)
+    except ValueError as error:
+        raise BadRecord("wrong type", f"{where}: {error}") from error
+    if not (prompt or completion):
+        raise BadRecord("empty text", f"{where}: empty text")
+    return {"prompt": prompt, "completion": completion}
 
 
 def _check_messages(messages: Any, name: str, where: str) -> None:
@@ -215,8 +253,8 @@ def _check_messages(messages: Any, name: str, where: str) -> None:
 def _columns(config: SourceConfig) -> list[str]:
     if config.messages_field is not None:
         return [config.messages_field]
-    if config.prompt_field is not None and config.completion_field is not None:
-        return [config.prompt_field, config.completion_field]
+    if config.is_supervised:
+        return list(dict.fromkeys(c for template in config.templates for c in template_columns(template)))
     return [config.text_field]
 
 
@@ -344,6 +382,28 @@ def _open_dataset(config: SourceConfig, path: Path, columns: list[str]) -> Any:
 def _format_of(file: Path) -> str | None:
     name = file.with_suffix("") if file.suffix == ".gz" else file
     return _FORMATS.get(name.suffix.lower())
+
+
+def _find_answers(prompts: Sequence[Path], config: SourceConfig) -> Path:
+    """The file at `completion_path`."""
+    assert config.completion_path is not None
+    file = Path(config.completion_path)
+    if len(prompts) != 1:
+        raise ValueError(f"completion_path goes with one file, but {config.path!r} has {len(prompts)}")
+    if not file.is_file():
+        raise FileNotFoundError(f"no file at completion_path={config.completion_path!r}; check the path")
+    return file
+
+
+@contextmanager
+def _lines_of(file: Path) -> Iterator[IO[str]]:
+    try:
+        with (gzip.open if file.suffix == ".gz" else open)(file, "rt", encoding="utf-8-sig") as handle:
+            yield cast(IO[str], handle)
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise ValueError(f"{file} is a broken .gz file: {error}; write it anew") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not UTF-8 text: {error}") from error
 
 
 def _find_files(config: SourceConfig) -> list[Path]:

@@ -37,6 +37,12 @@ class Corpus:
     def __len__(self) -> int:
         return self.store.num_documents if self.kept is None else len(self.kept)
 
+    @property
+    def num_tokens(self) -> int:
+        """Of these documents."""
+        lengths = np.diff(self.store.offsets)
+        return int(lengths.sum() if self.kept is None else lengths[self.kept].sum())
+
     def indices(self) -> npt.NDArray[np.int64]:
         """The documents' numbers in the store, int64 [N]."""
         return np.arange(self.store.num_documents) if self.kept is None else self.kept

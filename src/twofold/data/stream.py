@@ -199,6 +199,8 @@ class Stream:
         self._is_used_up = [False] * len(groups)
         self._blocks: list[tuple[int, list[Placed | None]]] = [(0, [])] * len(groups)
         self.counts = LoaderCounts()
+        self._tokens: dict[int, int] = {}
+        """Given out so far, by source."""
 
     def next_rows(self, num_rows: int) -> list[list[Piece]]:
         """The next rows.
@@ -221,6 +223,9 @@ class Stream:
         self.counts.examples += len(examples)
         self.counts.tokens += sum(len(example.source) + example.decoder_length for example in examples)
         self.counts.scored_tokens += sum(len(example.target) for example in examples)
+        for piece in (piece for row in rows for piece in row):
+            size = len(piece.example.source) + piece.example.decoder_length
+            self._tokens[piece.unit.source] = self._tokens.get(piece.unit.source, 0) + size
         return rows
 
     def state_dict(self) -> dict[str, Any]:
@@ -230,6 +235,7 @@ class Stream:
             "given": list(self._given),
             "waiting": [[*piece.unit, piece.number] for piece in self._packer.waiting],
             "counts": asdict(self.counts),
+            "tokens": {str(source): tokens for source, tokens in self._tokens.items()},
         }
 
     def load_state_dict(self, state: Mapping[str, Any], config: DataConfig) -> None:
@@ -252,6 +258,7 @@ class Stream:
             self._add(made[unit][piece])
         for counted in fields(LoaderCounts):
             setattr(self.counts, counted.name, state["counts"][counted.name])
+        self._tokens = {int(source): tokens for source, tokens in state.get("tokens", {}).items()}
 
     def _take_unit(self) -> bool:
         """Let the next unit of the source that is furthest behind its share wait; False when all are used up."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from twofold.config import EncoderDecoderConfig, EncoderMask, StackConfig
+from twofold.config.history import History
 from twofold.models.attention import Attention, Backend
 from twofold.models.cache import DecoderCache
 from twofold.models.layers import RMSNorm
@@ -63,6 +64,7 @@ class EncoderModel(nn.Module):
         tokenizer: a transformers tokenizer, or None; set by `twofold.load` and `twofold.adapt`.
         adaptation: what `twofold.adapt` did, tensor by tensor; None for a model that was loaded.
         new_modules: names of modules that begin at random and always train, whatever else is frozen.
+        history: where it comes from and what was done to it, which its card tells; None for a model made otherwise.
     """
 
     new_modules: tuple[str, ...] = ()
@@ -72,6 +74,7 @@ class EncoderModel(nn.Module):
         self.config = config
         self.tokenizer: Any = None
         self.adaptation: dict[str, Any] | None = None
+        self.history: History | None = None
 
     def tie_weights(self) -> None:
         """Make one parameter of what `config` says is one; here nothing is."""
@@ -116,7 +119,7 @@ class EncoderDecoder(EncoderModel):
         """A pair around modules that are there already, shared and not copied."""
         pair = cls.__new__(cls)
         nn.Module.__init__(pair)
-        pair.config, pair.tokenizer, pair.adaptation = config, None, None
+        pair.config, pair.tokenizer, pair.adaptation, pair.history = config, None, None, None
         pair.model, pair.lm_head = model, lm_head
         return pair
 

@@ -57,6 +57,8 @@ class Row:
     """Target positions with a label."""
     pairs: Pairs
     examples: int = 1
+    answers: int = 1
+    """To every example: the encoder reads it once, and keys and values of the source are made for each answer."""
 
 
 @dataclass(frozen=True)
@@ -158,6 +160,18 @@ def example_row(config: EncoderDecoderConfig, source_length: int, target_length:
     return Row(source_length, target_length, target_length, pairs)
 
 
+def answers_row(config: EncoderDecoderConfig, source_length: int, target_length: int, *, answers: int) -> Row:
+    """A source with several answers, as preferences train on it; every token of theirs scored.
+
+    Args:
+        target_length: of each answer.
+    """
+    one = attention_pairs(config, source_length, target_length)
+    pairs = Pairs(one.encoder, *(tuple(answers * n for n in side) for side in (one.decoder, one.cross)))
+    n_target = answers * target_length
+    return Row(source_length, n_target, n_target, pairs, answers=answers)
+
+
 def packed_row(
     config: EncoderDecoderConfig,
     source_positions: int,
@@ -214,7 +228,8 @@ def training_flops(
 ) -> Flops:
     """Operations of forward and backward for one row.
 
-    The loss goes through the head once, forming gradients as it goes, so the head is never computed again.
+    The likelihood's loss goes through the head once, forming gradients as it goes. With several answers to a source,
+    whose weight is known only when all have been read, the head is computed again in the backward pass.
     """
     encoder, decoder = config.encoder, config.decoder
     n, m = row.source_positions, row.target_positions
@@ -244,7 +259,7 @@ def training_flops(
         decoder.head_dim * k for k in (decoder.num_attention_heads, decoder.num_key_value_heads)
     )
     query_output = 0 if config.layout == "merged" else 4 * decoder.hidden_size * heads * m * n_layers
-    keys_values = 4 * encoder.hidden_size * kv_heads * n * n_layers
+    keys_values = 4 * encoder.hidden_size * kv_heads * n * row.answers * n_layers
     forward = query_output + keys_values
     cross_work = Work(
         forward,
@@ -261,7 +276,25 @@ def training_flops(
         encoder_back + target_pairs if is_full else 0,
     )
     head = 2 * decoder.vocab_size * decoder.hidden_size * row.scored
-    return Flops(encoder_work, decoder_work, cross_work, attention_work, Work(head, gradients * head))
+    again = head if row.answers > 1 else 0
+    return Flops(encoder_work, decoder_work, cross_work, attention_work, Work(head, gradients * head, again))
+
+
+def encoder_flops(config: EncoderDecoderConfig, row: Row, *, checkpointing: Checkpointing = "none") -> Flops:
+    """Operations of a training step of the encoder alone, read at its end, as a reward model is."""
+    encoder = config.encoder
+    linear = (
+        2
+        * (_attention_weights(encoder) + _mlp_weights(encoder))
+        * row.source_positions
+        * encoder.num_hidden_layers
+    )
+    pairs = 4 * encoder.num_attention_heads * encoder.head_dim * sum(row.pairs.encoder)
+
+    def work(forward: int) -> Work:
+        return Work(forward, 2 * forward, forward if checkpointing == "full" else 0)
+
+    return Flops(work(linear), Work(0), Work(0), work(pairs), Work(0))
 
 
 def trained_encoder_layers(config: EncoderDecoderConfig) -> int:

@@ -71,7 +71,7 @@ class EncoderClassifier(EncoderModel):
         super().__init__(model.config)
         if num_labels < 1:
             raise ValueError(f"num_labels must be at least 1, got {num_labels}")
-        self.tokenizer, self.adaptation = model.tokenizer, model.adaptation
+        self.tokenizer, self.adaptation, self.history = model.tokenizer, model.adaptation, model.history
         self.encoder = model.encoder
         rate = model.config.classifier_dropout_rate if dropout_rate is None else dropout_rate
         self.score = ClassificationHead(model.config.encoder.hidden_size, num_labels, rate)

@@ -12,7 +12,7 @@ N: scored positions.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from twofold.config.gkd import OnPolicyConfig, OnPolicyRecipe
-from twofold.data import Batch, Convention, Example
+from twofold.config.history import Reading
+from twofold.data import Batch, Convention, Example, Loader, Prefetcher
 from twofold.data.batch import Texts, collate
 from twofold.data.convention import RawText
 from twofold.data.teaching import Teaching
@@ -29,7 +30,6 @@ from twofold.models import EncoderDecoder
 from twofold.posttrain.divergence import chunked_divergence
 from twofold.posttrain.prompts import Prompt
 from twofold.posttrain.rollouts import Answer, RolloutEngine, answer_seed
-from twofold.train.loop import HeldOutLoader, TrainLoader
 from twofold.train.loss import TeacherHead
 from twofold.train.step import Objective, Precision, TeacherOf
 from twofold.train.world import World
@@ -142,7 +142,7 @@ class OnPolicyLoader:
 
     def __init__(
         self,
-        loader: TrainLoader,
+        loader: Loader | Prefetcher,
         answering: Answering,
         engine: RolloutEngine | None,
         recipe: OnPolicyRecipe,
@@ -156,7 +156,7 @@ class OnPolicyLoader:
         self._steps = 0
 
     def next_step(self) -> list[Batch]:
-        """See `TrainLoader`."""
+        """See `train.loop.TrainLoader`."""
         asked = dict(zip(self._owned, self._loader.next_step(), strict=True))
         on_policy = [n for n in range(self.num_streams) if self._is_on_policy(n)]
         answers: dict[int, list[Answer]] = {}
@@ -168,14 +168,18 @@ class OnPolicyLoader:
         return [self._answering.batch(batch, answers.get(n)) for n, batch in asked.items()]
 
     def state_dict(self) -> dict[str, Any]:
-        """See `TrainLoader`."""
+        """See `train.loop.TrainLoader`."""
         return {**self._loader.state_dict(), "steps": self._steps}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """See `TrainLoader`."""
+        """See `train.loop.TrainLoader`."""
         own = dict(state)
         self._steps = own.pop("steps")
         self._loader.load_state_dict(own)
+
+    def reading(self, state: Mapping[str, Any] | None = None) -> Reading:
+        """See `train.phase.TellsReading`."""
+        return self._loader.reading(state)
 
     def _is_on_policy(self, stream: int) -> bool:
         draw = np.random.default_rng((self._recipe.seed, self._steps, stream)).random()
@@ -200,10 +204,13 @@ class OnPolicyLoader:
 class StoredAnswers:
     """Held-out batches with the answers of the data, for the teacher, too."""
 
-    def __init__(self, loader: HeldOutLoader, answering: Answering) -> None:
+    def __init__(self, loader: Loader, answering: Answering) -> None:
         self._loader, self._answering = loader, answering
 
+    def reading(self, state: Mapping[str, Any] | None = None) -> Reading:
+        """See `train.phase.TellsReading`."""
+        return self._loader.reading(state)
+
     def one_pass(self) -> Iterator[Batch]:
-        """See `HeldOutLoader`."""
-        batches: Iterable[Batch] = self._loader.one_pass()
-        return map(self._answering.batch, batches)
+        """See `train.loop.HeldOutLoader`."""
+        return map(self._answering.batch, self._loader.one_pass())

@@ -152,10 +152,12 @@ def _loaders(
             num_streams=num_streams,
             owned=world.streams(num_streams),
             identity=identity,
+            sources=pairs.train_sources,
         )
     ]
     if pairs.held_out:
-        loaders.append(PairLoader(pairs.held_out, recipe.data, collates[1]))
+        held_out = pairs.held_out, recipe.data, collates[1]
+        loaders.append(PairLoader(*held_out, sources=pairs.held_out_sources))
     return loaders
 
 

@@ -9,13 +9,14 @@ import hashlib
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from twofold.config.data import SourceConfig
 from twofold.config.grpo import PromptData
+from twofold.config.history import Reading, SourceUse, source_use
 from twofold.config.preferences import PairData, PairSource
 from twofold.data import Batch, BuildProgress, Convention, Example, SourceReader
 from twofold.data.chat import ChatRefused, record_to_example
@@ -51,6 +52,11 @@ class Pair(NamedTuple):
         longest = max(self.chosen.decoder_length, self.rejected.decoder_length)
         return len(self.chosen.source) + longest
 
+    @property
+    def num_tokens(self) -> int:
+        """Of the prompt and both replies."""
+        return len(self.chosen.source) + self.chosen.decoder_length + self.rejected.decoder_length
+
     def digest(self) -> bytes:
         """Of all tokens and the margin."""
         parts = [
@@ -73,6 +79,11 @@ class Pairs:
 
     report: list[str]
     """A line for each source: what is in it, and what was skipped, dropped or cut."""
+
+    train_sources: tuple[SourceUse, ...] = ()
+    """What `train` was read from."""
+
+    held_out_sources: tuple[SourceUse, ...] = ()
 
 
 def open_pairs(
@@ -99,9 +110,9 @@ def open_pairs(
     if data.held_out_fraction:
         for part in train_parts:
             chosen = [is_held_out(pair.chosen.source.tobytes(), data) for pair in part.pairs]
-            held_out += [pair for pair, is_held in zip(part.pairs, chosen, strict=True) if is_held]
+            part.held_out = [pair for pair, is_held in zip(part.pairs, chosen, strict=True) if is_held]
             part.pairs = [pair for pair, is_held in zip(part.pairs, chosen, strict=True) if not is_held]
-            part.held_out = sum(chosen)
+            held_out += part.held_out
     prompts = {pair.chosen.source.tobytes() for pair in held_out}
     for part in train_parts:
         kept = [pair for pair in part.pairs if pair.chosen.source.tobytes() not in prompts]
@@ -118,7 +129,16 @@ def open_pairs(
             raise ValueError(
                 f"there is no pair to {name} ({reports}); give other sources or held_out_fraction"
             )
-    return Pairs(train=train, held_out=held_out, report=[part.describe() for part in read])
+    return Pairs(
+        train=train,
+        held_out=held_out,
+        report=[part.describe() for part in read],
+        train_sources=tuple(part.used(part.pairs) for part in train_parts),
+        held_out_sources=tuple(
+            [part.used(part.pairs) for part in held_parts]
+            + [part.used(part.held_out) for part in train_parts if part.held_out]
+        ),
+    )
 
 
 @dataclass(slots=True)
@@ -130,12 +150,17 @@ class _Part:
     counts: RecordCounts
     dropped: Counter[str]
     cut: int = 0
-    held_out: int = 0
+    held_out: list[Pair] = field(default_factory=list)
+
+    def used(self, pairs: Sequence[Pair]) -> SourceUse:
+        """For the card: some of its pairs."""
+        tokens = sum(pair.num_tokens for pair in pairs)
+        return source_use(self.source.path, self.source.format, records=len(pairs), tokens=tokens)
 
     def describe(self) -> str:
         text = f"{self.source.path}: {len(self.pairs):,} pairs"
         if self.held_out:
-            text += f"; {self.held_out:,} held out"
+            text += f"; {len(self.held_out):,} held out"
         if self.counts.bad:
             text += f"; {self.counts.summary()}"
         for reason, count in self.dropped.items():
@@ -270,6 +295,7 @@ class PairLoader:
         num_streams: int = 1,
         owned: Sequence[int] | None = None,
         identity: bytes = b"",
+        sources: Sequence[SourceUse] = (),
     ) -> None:
         """
         Args:
@@ -279,10 +305,12 @@ class PairLoader:
             num_streams: batches of one step, over all ranks.
             owned: the streams this loader gives. None: all.
             identity: of what else batches hold; a saved state of another one is refused.
+            sources: what the pairs were read from.
         """
         assert pairs
         self.pairs = pairs
         self._data = data
+        self._sources = tuple(sources)
         self._collate = collate
         self.num_streams = num_streams
         self.owned = tuple(range(num_streams)) if owned is None else tuple(sorted(owned))
@@ -297,6 +325,14 @@ class PairLoader:
     @property
     def batches_per_epoch(self) -> int:
         return -(-len(self.pairs) // self._data.pairs_per_batch)
+
+    def reading(self, state: Mapping[str, Any] | None = None) -> Reading:
+        """What the pairs were read from, and how many were given out up to a state."""
+        if state is None:
+            return Reading(sources=self._sources)
+        epochs, batches = divmod(max(state["streams"].values()) * self.num_streams, self.batches_per_epoch)
+        pairs = epochs * len(self.pairs) + sum(map(len, self._order(epochs)[:batches]))
+        return Reading(sources=self._sources, examples_drawn=pairs)
 
     def next_step(self) -> list[Batch]:
         """One batch of each owned stream, in their order."""

@@ -48,7 +48,7 @@ class RewardModel(EncoderModel):
     def __init__(self, model: EncoderDecoder) -> None:
         """`model`: its encoder is used, and trained with the head; the decoder is not kept."""
         super().__init__(model.config)
-        self.tokenizer, self.adaptation = model.tokenizer, model.adaptation
+        self.tokenizer, self.adaptation, self.history = model.tokenizer, model.adaptation, model.history
         self.encoder = model.encoder
         self.head = ClassificationHead(
             model.config.encoder.hidden_size, 1, model.config.classifier_dropout_rate

@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from twofold.checkpoint.card import stored_history, write_card
 from twofold.checkpoint.load import load
 from twofold.checkpoint.save import save
 from twofold.checkpoint.writer import new_folder
@@ -210,6 +211,10 @@ def save_adapter(model: EncoderModel, path: Path, world: World) -> None:
         config.inference_mode = True
         config.save_pretrained(folder)
         config.inference_mode = False
+        if model.history is not None:
+            write_card(
+                folder, model.history, model.config, architecture=type(model).__name__, format="adapter"
+            )
 
 
 def _is_trained(name: str) -> bool:
@@ -258,4 +263,5 @@ def merge_adapter(base: str | Path, adapter: str | Path, out: str | Path, *, ove
         )
     plain = wrapped.merge_and_unload()
     model.model, model.lm_head = plain.model, plain.lm_head
+    model.history = stored_history(folder) or model.history
     save(model.requires_grad_(True), out, overwrite=overwrite)

@@ -20,7 +20,9 @@ from twofold.checkpoint import (
     new_folder,
     resolve,
 )
+from twofold.checkpoint.card import read_history, versions, write_card
 from twofold.checkpoint.load import read_config
+from twofold.config.history import Averaged, Averaging, History, Training
 
 _CONFIG_FILES = ("config.json", "generation_config.json")
 
@@ -121,6 +123,63 @@ def average_checkpoints(
             if (found[0].folder / file).is_file():
                 shutil.copyfile(found[0].folder / file, folder / file)
         copy_tokenizer(found[0], folder)
+        _write_card(folder, found, shares)
+
+
+def _write_card(folder: Path, checkpoints: Sequence[Checkpoint], shares: Sequence[float]) -> None:
+    config, family = read_config(checkpoints[0])
+    architecture = (checkpoints[0].config.get("architectures") or ["EncoderDecoder"])[0]
+    write_card(
+        folder,
+        averaged_history(list(zip(_names(checkpoints), shares, map(read_history, checkpoints), strict=True))),
+        config,
+        architecture="EncoderDecoder" if family is not None else architecture,
+        format="twofold" if family is None else str(checkpoints[0].config["model_type"]),
+    )
+
+
+def _names(checkpoints: Sequence[Checkpoint]) -> list[str]:
+    """Folder names, with the folder above where they are not distinct."""
+    names = [checkpoint.name for checkpoint in checkpoints]
+    if len(set(names)) == len(names):
+        return names
+    above = [checkpoint.folder.resolve().parent.name for checkpoint in checkpoints]
+    return [f"{parent}/{name}" for parent, name in zip(above, names, strict=True)]
+
+
+def averaged_history(parts: Sequence[tuple[str, float, History]]) -> History:
+    """What was done to the mean of models: what they have in common, then the averaging with what they have not.
+
+    Checkpoints of one run have their last phase in common, and the later one's figures tell it.
+
+    Args:
+        parts: name, weight and history of each model.
+    """
+    histories = [history for _, _, history in parts]
+    all_phases = [history.phases for history in histories]
+    n_common = 0
+    while all(
+        len(phases) > n_common and phases[n_common] == all_phases[0][n_common] for phases in all_phases
+    ):
+        n_common += 1
+    common, rests = all_phases[0][:n_common], [phases[n_common:] for phases in all_phases]
+    steps: list[int | None] = [None] * len(parts)
+    runs = [rest[0] for rest in rests if len(rest) == 1 and isinstance(rest[0], Training)]
+    if len(runs) == len(parts) and all(run.settings == runs[0].settings for run in runs):
+        common = (*common, max(runs, key=lambda run: run.step))
+        steps, rests = [run.step for run in runs], [()] * len(parts)
+    origin = histories[0].origin
+    models = tuple(
+        Averaged(
+            name=name,
+            weight=weight,
+            step=step,
+            origin=None if history.origin == origin else history.origin,
+            phases=rest,
+        )
+        for (name, weight, history), step, rest in zip(parts, steps, rests, strict=True)
+    )
+    return History(origin=origin, phases=(*common, Averaging(models=models, versions=versions())))
 
 
 def _mean(name: str, sources: Sequence[TensorSource], shares: Sequence[float]) -> Tensor:

@@ -3,6 +3,7 @@
 ```
 output/checkpoints/step-000100/
     config.json, tokenizer files, shard-*.safetensors  what twofold.load reads
+    history.json, README.md                            what was done so far
     optimizer/shard-*.safetensors                      <parameter>.exp_avg, .exp_avg_sq
     average/shard-*.safetensors                        the moving average of the weights, where a run keeps one
     trainer.json                                       step, loader, losses, settings
@@ -32,6 +33,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from twofold.checkpoint.card import write_card
 from twofold.checkpoint.save import CheckpointWriter
 from twofold.checkpoint.shards import ShardsSource
 from twofold.checkpoint.tensors import TensorSource, read_json
@@ -77,6 +79,8 @@ class TrainerState:
 
     best: dict[str, Any] | None = None
     """The best evaluation, see `train.stopping.Best`; None where the run does not look for one."""
+    reports: dict[str, dict[str, float]] = field(default_factory=dict)
+    """What the objective said last, loss included, by `train`, `held_out` and `held_out_average`."""
 
     parameter_steps: dict[str, int] = field(default_factory=dict)
     """Updates of every parameter that has had one; they differ where phases train different ones."""
@@ -214,6 +218,8 @@ def _begin(partial: Path, model: EncoderModel, state: TrainerState) -> None:
     try:
         shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
         (partial / "optimizer").mkdir(parents=True)
+        if model.history is not None:
+            write_card(partial, model.history, model.config, architecture=type(model).__name__)
         if not has_adapter(model):
             config = model.config.model_dump(mode="json") | {"architectures": [type(model).__name__]}
             (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
@@ -293,6 +299,7 @@ def save_model(model: EncoderModel, path: Path, world: World) -> None:
         return
     with CheckpointWriter(path, overwrite=True) as writer:
         writer.write_config(model.config, type(model).__name__)
+        writer.write_card(model.history, model.config, type(model).__name__)
         planned = [(name, tuple(p.parameter.shape), p.parameter.dtype) for name, p in parameters.items()]
         writer.write_tensors(planned, tensors)
         if model.tokenizer is not None:

@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 
+from twofold.config.history import History
 from twofold.config.recipe import Run, TrainSettings
 from twofold.data import Batch
 from twofold.models import EncoderModel
@@ -33,6 +34,7 @@ from twofold.train.evaluate import Evaluation, evaluate
 from twofold.train.opening import Masks, Opening
 from twofold.train.optimizer import cross_attention_names, new_optimizer, set_phase, trainable_parameters
 from twofold.train.parallel import shard
+from twofold.train.phase import history_before, training_phase
 from twofold.train.samples import Sampler
 from twofold.train.schedule import learning_rate_factor
 from twofold.train.signals import StopRequest, stop_on_signals
@@ -141,10 +143,13 @@ def fit(
     ):
         checkpoint = world.from_main(lambda: find_start(output, resume=resume))
         state = new_state(settings, checkpoint)
+        before = history_before(model, checkpoint)
         if settings.adapter is not None:
             add_adapter(model, settings.adapter, seed=settings.seed, base=_base_of(settings))
         module = objective(model, settings.precision)
-        trainer = Trainer(module, train_loader, held_out_loader, settings, output, state, callbacks, world)
+        trainer = Trainer(
+            module, train_loader, held_out_loader, settings, output, state, callbacks, world, before
+        )
         cleanup.callback(model.eval)
         cleanup.callback(restore_blocks, model)
         cleanup.callback(set_phase, trainer.parameters, set(trainer.parameters))
@@ -225,7 +230,9 @@ class Trainer:
         state: TrainerState,
         callbacks: Sequence[Callback],
         world: World,
+        before: History,
     ) -> None:
+        """`before`: what was done to the model before this run, for its card. The others are as for `fit`."""
         if train_loader.num_streams != settings.accumulate_batches:
             raise ValueError(
                 f"the loader gives {train_loader.num_streams} batches a step, accumulate_batches is "
@@ -269,6 +276,7 @@ class Trainer:
         self._settings = settings
         self._output = output
         self._state = state
+        self._before = before
         self._saver = CheckpointSaver(output, world, keep=settings.keep_checkpoints)
         self.callbacks: list[Callback] = []
         if world.is_main:
@@ -361,6 +369,7 @@ class Trainer:
         self._state.step = step
         self._set_masks()
         self._state.losses.append(result.loss)
+        self._state.reports["train"] = {"loss": result.loss, **result.metrics}
         self._state.tokens += result.real_tokens
         for callback in self.callbacks:
             callback.on_step(step, result)
@@ -374,12 +383,14 @@ class Trainer:
         assert self._held_out_loader is not None
         evaluation: Evaluation = evaluate(self.module, self._held_out_loader.one_pass(), self._world)
         self._state.held_out.append((self._state.step, evaluation.loss))
+        self._state.reports["held_out"] = {"loss": evaluation.loss, **evaluation.metrics}
         for callback in self.callbacks:
             callback.on_evaluation(self._state.step, evaluation)
         self._judge(evaluation)
         if self.average is not None:
             with self.average.swapped():
                 evaluation = evaluate(self.module, self._held_out_loader.one_pass(), self._world)
+            self._state.reports["held_out_average"] = {"loss": evaluation.loss, **evaluation.metrics}
             for callback in self.callbacks:
                 callback.on_average_evaluation(self._state.step, evaluation)
         if self._sampler is not None:
@@ -409,10 +420,8 @@ class Trainer:
     def _save(self) -> Path:
         """Begin a checkpoint; it is complete after `_await_save`."""
         self._await_save()
-        parts = self._world.gather(self._train_loader.state_dict())
-        streams = {name: stream for part in parts for name, stream in part["streams"].items()}
-        self._state.loader = {**parts[0], "streams": streams}
         averages = None if self.average is None else self.average.tensors
+        self._write_history("last")
         return self._saver.start(self.model, self.optimizer, self.parameters, self._state, averages)
 
     def _await_save(self) -> None:
@@ -452,6 +461,7 @@ class Trainer:
             The model's folder, or the adapter's where it is not merged.
         """
         path = self._output / f"model{suffix}"
+        self._write_history("moving average" if suffix == "-ema" else "last")
         if has_adapter(self.model):
             adapter_path = self._output / f"adapter{suffix}"
             save_adapter(self.model, adapter_path, self._world)
@@ -465,6 +475,7 @@ class Trainer:
         if self.average is not None:
             with self.average.swapped():
                 self._write("-ema")
+            self._write_history("last")
         n_last = self._settings.average_last
         if n_last is not None:
             # The others wait, so that the run is over when it returns anywhere.
@@ -473,6 +484,23 @@ class Trainer:
                     last_checkpoints(self._output, n_last), self._output / "model-average", overwrite=True
                 )
             )
+
+    def _write_history(self, weights: Literal["last", "moving average"]) -> None:
+        """What was done so far, into the state and, on rank 0, which alone writes, into the model. On all ranks."""
+        parts = self._world.gather(self._train_loader.state_dict())
+        streams = {name: stream for part in parts for name, stream in part["streams"].items()}
+        self._state.loader = {**parts[0], "streams": streams}
+        if self._world.is_main:
+            phase = training_phase(
+                self._state,
+                loader=self._train_loader,
+                held_out_loader=self._held_out_loader,
+                num_parameters=sum(p.numel() for p in self.model.parameters()),
+                num_trainable=sum(p.numel() for p in self.parameters.values()),
+                device=self._describe_devices(),
+                weights=weights,
+            )
+            self.model.history = self._before.then(phase)
 
     def _announce(self) -> None:
         run = RunStart(

@@ -206,9 +206,15 @@ def activations(
     *,
     trained: Trained = "everything",
     checkpointing: Checkpointing = "none",
+    answers: int = 1,
 ) -> Activations:
-    """All that a micro-batch of n source and m target positions keeps, the loss apart."""
+    """All that a micro-batch of n source and m target positions keeps, the loss apart.
+
+    Args:
+        answers: to every source; each has a copy of what the decoder reads of it.
+    """
     encoder, decoder = config.encoder, config.decoder
+    read = n * answers
     encoder_learns, decoder_learns = trained == "everything", trained != "cross_attention"
     n_trained = trained_encoder_layers(config) if encoder_learns else 0
     encoder_layer = Kept(self_attention_bytes(encoder, n, numbers), 0, mlp_bytes(encoder, n, numbers))
@@ -216,11 +222,11 @@ def activations(
     if (
         encoder_learns and n_trained < encoder.num_hidden_layers
     ):  # aligned reads end at this layer's first norm
-        read = norm_bytes(encoder.hidden_size, numbers.stream, encoder, learns=True)
-        read += 0 if numbers.casts else numbers.stream * encoder.hidden_size
-        encoder_layers[n_trained] = Kept(self_attention=n * read)
+        last = norm_bytes(encoder.hidden_size, numbers.stream, encoder, learns=True)
+        last += 0 if numbers.casts else numbers.stream * encoder.hidden_size
+        encoder_layers[n_trained] = Kept(self_attention=n * last)
 
-    cross = cross_attention_bytes(config, n, m, numbers)
+    cross = cross_attention_bytes(config, read, m, numbers)
     own = self_attention_bytes(decoder, m, numbers, learns=decoder_learns)
     mlp = mlp_bytes(decoder, m, numbers, learns=decoder_learns)
     decoder_layers = [Kept(own, cross, mlp)] * decoder.num_hidden_layers
@@ -228,7 +234,8 @@ def activations(
         stream = norm_bytes(decoder.hidden_size, numbers.stream, decoder, learns=False)
         decoder_layers[0] = Kept(0, cross - m * stream, mlp)
 
-    outside = _outside_blocks(config, n, m, numbers, trained, is_checkpointed=checkpointing != "none")
+    is_checkpointed = checkpointing != "none"
+    outside = _outside_blocks(config, n, m, numbers, trained, is_checkpointed=is_checkpointed, read=read)
     if checkpointing == "none":
         return Activations(tuple(encoder_layers), tuple(decoder_layers), outside, 0)
 
@@ -238,7 +245,7 @@ def activations(
     else:
         is_separate = config.layout == "separate"
         encoder_kept = products_bytes(encoder, n, numbers)
-        decoder_kept = products_bytes(decoder, m, numbers, memory=n, is_separate=is_separate)
+        decoder_kept = products_bytes(decoder, m, numbers, memory=read, is_separate=is_separate)
     recomputed = max(layer.total for layer in (*encoder_layers, *decoder_layers))
     # Which part of a block the bytes belong to is not kept apart; the input of a block is its self-attention's.
     return Activations(
@@ -249,22 +256,50 @@ def activations(
     )
 
 
+def encoder_activations(
+    config: EncoderDecoderConfig, n: int, numbers: Numbers, *, checkpointing: Checkpointing = "none"
+) -> Activations:
+    """All that an encoder alone keeps of n positions, where its end is read."""
+    encoder = config.encoder
+    layer = Kept(self_attention_bytes(encoder, n, numbers), 0, mlp_bytes(encoder, n, numbers))
+    tables = 2 * 4 * n * encoder.head_dim * len(set(encoder.layer_types))
+    outside = 8 * n + tables + n * norm_bytes(encoder.hidden_size, numbers.stream, encoder, learns=True)
+    if encoder.dropout_rate:
+        outside += 2 * numbers.mask(numbers.stream) * n * encoder.hidden_size
+    recomputed = 0
+    if checkpointing != "none":
+        stream = n * numbers.stream * encoder.hidden_size
+        kept = stream if checkpointing == "full" else products_bytes(encoder, n, numbers)
+        layer, recomputed = Kept(kept), layer.total
+    return Activations((layer,) * encoder.num_hidden_layers, (), outside, recomputed)
+
+
 def _outside_blocks(
-    config: EncoderDecoderConfig, n: int, m: int, numbers: Numbers, trained: Trained, *, is_checkpointed: bool
+    config: EncoderDecoderConfig,
+    n: int,
+    m: int,
+    numbers: Numbers,
+    trained: Trained,
+    *,
+    is_checkpointed: bool,
+    read: int,
 ) -> int:
-    """Ids, RoPE tables, final norms, and what the decoder reads of the encoder."""
+    """Ids, RoPE tables, final norms, and what the decoder reads of the encoder; `read`: source positions it reads,
+    more than n where several answers have copies of them."""
     encoder, decoder = config.encoder, config.decoder
     encoder_learns, decoder_learns = trained == "everything", trained != "cross_attention"
     kept = 8 * (encoder_learns * n + decoder_learns * m)
     tables = encoder_learns * n * encoder.head_dim * len(set(encoder.layer_types))
     decoder_types = len(set(decoder.layer_types))
-    tables += (m + config.cross_rope * n) * decoder.head_dim * decoder_types
+    tables += (m + config.cross_rope * read) * decoder.head_dim * decoder_types
     kept += 2 * 4 * tables  # cosine and sine
     kept += m * norm_bytes(decoder.hidden_size, numbers.stream, decoder, learns=decoder_learns)
     has_final_read = config.aligned_layers is None
     if has_final_read and encoder_learns:
         kept += n * norm_bytes(encoder.hidden_size, numbers.stream, encoder, learns=True)
-    if is_checkpointed or not numbers.casts:
+    if read > n:  # copies, which no layer of the encoder keeps
+        kept += len(set(config.aligned_layers or (0,))) * read * numbers.stream * encoder.hidden_size
+    elif is_checkpointed or not numbers.casts:
         # Aligned reads are what the encoder's own layers keep anyway, unless those are made again.
         is_shared = not has_final_read and encoder_learns and not is_checkpointed
         n_reads = 0 if is_shared else len(set(config.aligned_layers or (0,)))

@@ -19,7 +19,15 @@ from twofold.config import EncoderDecoderConfig
 from twofold.models import EncoderDecoder
 from twofold.models.flops import Checkpointing, Trained, trained_encoder_layers
 from twofold.train.loss import CHUNK_BYTES
-from twofold.train.plan.activations import AUTOCAST, BFLOAT16, FLOAT32, Activations, Numbers, activations
+from twofold.train.plan.activations import (
+    AUTOCAST,
+    BFLOAT16,
+    FLOAT32,
+    Activations,
+    Numbers,
+    activations,
+    encoder_activations,
+)
 from twofold.train.plan.teacher import Teacher
 
 
@@ -48,6 +56,14 @@ def weights_of(config_json: str) -> tuple[Weight, ...]:
         block = f"{words[1]}.{words[3]}" if len(words) > 3 and words[2] == "layers" else None
         found.append(Weight(name, parameter.numel(), parameter.ndim >= 2, block))
     return tuple(found)
+
+
+def setup_weights(config: EncoderDecoderConfig, setup: Setup) -> tuple[Weight, ...]:
+    """What a run holds of a pair's parameters."""
+    weights = weights_of(config.model_dump_json())
+    if not setup.is_encoder_only:
+        return weights
+    return tuple(w for w in weights if w.name.startswith("model.encoder."))
 
 
 def gets_gradient(config: EncoderDecoderConfig, name: str, trained: Trained) -> bool:
@@ -92,6 +108,12 @@ class Setup:
     teacher: Teacher | None = None
     matched_layers: int = 0
     """Whose hidden states are compared with the teacher's."""
+    answers: int = 1
+    """To every source, see `twofold.models.flops.Row`; their target positions are counted in `target_length`."""
+    reference_parameters: int = 0
+    """Of a frozen model in the loop, held whole in float32."""
+    is_encoder_only: bool = False
+    """A reward model: no decoder, and a head that is not worth counting."""
 
     @property
     def numbers(self) -> Numbers:
@@ -109,6 +131,8 @@ class Memory:
     ema: int
     teacher: int
     """Its weights, whole on every device; its activations come and go."""
+    reference: int
+    """Likewise, of preferences."""
     gradients: int
     compute_weights: int
     """Copies in the dtype of computation: cast, or gathered from the shards."""
@@ -129,7 +153,8 @@ class Memory:
     def parts(self) -> dict[str, int]:
         """By name, in bytes."""
         names = (
-            "weights", "optimizer", "ema", "teacher", "gradients", "compute_weights", "activations", "loss", "temporary"
+            "weights", "optimizer", "ema", "teacher", "reference", "gradients", "compute_weights", "activations",
+            "loss", "temporary",
         )  # fmt: skip
         return {name: getattr(self, name) for name in names}
 
@@ -146,21 +171,30 @@ class _Step:
     def __init__(self, config: EncoderDecoderConfig, setup: Setup, trained: Trained) -> None:
         self.config, self.setup = config, setup
         self.numbers = setup.numbers
-        weights = weights_of(config.model_dump_json())
-        self.learned = [w for w in weights if gets_gradient(config, w.name, trained)]
+        weights = setup_weights(config, setup)
+        self.learned = [w for w in weights if setup.is_encoder_only or gets_gradient(config, w.name, trained)]
         self.total = sum(w.size for w in weights)
         self.num_learned = sum(w.size for w in self.learned)
         self.n, self.m = setup.rows * setup.source_length, setup.rows * setup.target_length
-        self.kept = activations(
-            config, self.n, self.m, self.numbers, trained=trained, checkpointing=setup.checkpointing
-        )
+        if setup.is_encoder_only:
+            self.kept = encoder_activations(config, self.n, self.numbers, checkpointing=setup.checkpointing)
+        else:
+            self.kept = activations(
+                config,
+                self.n,
+                self.m,
+                self.numbers,
+                trained=trained,
+                checkpointing=setup.checkpointing,
+                answers=setup.answers,
+            )
         self.blocks: dict[str | None, int] = {}
         for w in weights:
             self.blocks[w.block] = self.blocks.get(w.block, 0) + w.size
         self.largest_block = max(size for block, size in self.blocks.items() if block is not None)
         self.largest_matrix = max(w.size for w in weights if w.is_matrix and not w.is_table)
         self.table = config.decoder.vocab_size * config.decoder.hidden_size
-        self.head_learns = trained != "cross_attention"
+        self.head_learns = trained != "cross_attention" and not setup.is_encoder_only
         # Autocast casts each weight once and holds it until the loss is there; from then on only the graph does.
         self.cast_at_loss = 0
         self.cast_weights: dict[str | None, int] = {}
@@ -176,6 +210,8 @@ class _Step:
     def _is_cast_kept(self, weight: Weight, trained: Trained) -> bool:
         if self.setup.checkpointing == "full":
             return False
+        if self.setup.is_encoder_only:
+            return True
         if weight.name.startswith("model.encoder."):
             return trained == "everything" and _is_reached(self.config, weight.name)
         # Where a weight's input needs no gradient, the weight is not read again.
@@ -231,6 +267,8 @@ class _Step:
     def _loss(self) -> tuple[int, int, int]:
         """Bytes that hold the decoder's states, and those matched with a teacher's, until their backward pass, those of
         the head's gradient until it meets the embedding's, and those of a chunk."""
+        if self.setup.is_encoder_only:
+            return 0, 0, 0
         scored, stack = self.setup.scored, self.config.decoder
         n_rows = min(max(CHUNK_BYTES // (4 * stack.vocab_size), 1), scored)
         # Logits, and their exponents on the way to the softmax; in bfloat16 the product's own result before.
@@ -278,6 +316,7 @@ class _Step:
             optimizer=8 * self.num_learned // shards,
             ema=4 * self.total // shards if self.setup.has_ema else 0,
             teacher=self._teacher(),
+            reference=4 * self.setup.reference_parameters,
             gradients=gradients,
             compute_weights=compute_weights,
             activations=kept,

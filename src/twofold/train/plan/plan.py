@@ -12,12 +12,23 @@ from twofold.adapt.plan import Choices, plan_adaptation
 from twofold.checkpoint import Checkpoint, resolve
 from twofold.checkpoint.load import read_config
 from twofold.config import EncoderDecoderConfig
-from twofold.config.recipe import ModelConfig, Recipe
+from twofold.config.distillation import DistillationConfig
+from twofold.config.preferences import PreferenceRecipe, RewardRecipe
+from twofold.config.recipe import ModelConfig, Recipe, Run
 from twofold.models.counts import parameter_counts
 from twofold.models.families import donor_family
-from twofold.models.flops import Flops, Row, Trained, example_row, packed_row, training_flops
+from twofold.models.flops import Flops, Row, Trained, encoder_flops, training_flops
 from twofold.train.plan.devices import Device
-from twofold.train.plan.memory import Memory, Setup, Weight, gets_gradient, peak_memory, weights_of
+from twofold.train.plan.load import Planned, load_of, notes_on, planned
+from twofold.train.plan.memory import (
+    Memory,
+    Setup,
+    Weight,
+    gets_gradient,
+    peak_memory,
+    setup_weights,
+    weights_of,
+)
 from twofold.train.plan.teacher import Teacher, plan_teacher
 from twofold.train.run import check_lengths
 
@@ -79,7 +90,7 @@ class RunPlan:
     tokens_per_step: int
     """Real tokens on both sides, as far as lengths were given; else positions."""
     largest_rows_per_batch: int
-    """That fits; 0: not even one row does."""
+    """That fits, of what `rows_key` counts; 0: not even one does."""
     changes: tuple[Change, ...]
     """Empty where the run fits."""
     problems: tuple[str, ...]
@@ -87,6 +98,10 @@ class RunPlan:
     price_per_hour: float | None
     teacher: Teacher | None = None
     """In the loop."""
+    rows_key: str = "data.rows_per_batch"
+    """What the recipe calls the size of a batch."""
+    notes: tuple[str, ...] = ()
+    """What is not in the figures."""
 
     @property
     def peak(self) -> Memory:
@@ -127,6 +142,7 @@ class RunPlan:
             "peak_bytes": self.peak.total,
             "usable_bytes": self.usable_bytes,
             "largest_rows_per_batch": self.largest_rows_per_batch,
+            "rows_key": self.rows_key,
             "steps": steps,
             "tokens_per_step": self.tokens_per_step,
             "tokens": steps * self.tokens_per_step,
@@ -154,11 +170,12 @@ class RunPlan:
             ],
             "changes": [asdict(change) for change in self.changes],
             "problems": list(self.problems),
+            "notes": list(self.notes),
         }
 
 
 def plan_run(
-    recipe: Recipe,
+    recipe: Run,
     device: Device,
     num_devices: int = 1,
     *,
@@ -170,8 +187,8 @@ def plan_run(
 
     Args:
         efficiency: share of the device's peak that useful FLOPs reach, above 0 and at most 1.
-        example_lengths: mean (source, target) tokens of an example, for packed rows. Without them a row is one
-            example that fills it, the most it can cost.
+        example_lengths: mean (source, target) tokens of an example, for packed rows, or of a prompt and a reply.
+            Without them a row is one example that fills it, the most it can cost.
         price_per_hour: of one device.
 
     Raises:
@@ -188,32 +205,42 @@ def plan_run(
         raise ValueError(
             "runs with an adapter are not planned yet; plan with adapter=null, an upper bound of memory and time"
         )
+    recipe = planned(recipe)
     config = read_model_config(recipe.model)
-    check_lengths(recipe.data.source_length, recipe.data.target_length, config)
+    is_reward = isinstance(recipe, RewardRecipe)
+    lengths = recipe.data.source_length, recipe.data.target_length
+    check_lengths(*((sum(lengths), 0) if is_reward else lengths), config)
     if recipe.cross_attention_warmup_steps and config.layout == "merged":
         raise ValueError(
             "cross_attention_warmup_steps trains cross-attention alone, but layout 'merged' has no cross-attention "
             "parameters; set cross_attention_warmup_steps=0"
         )
     teacher = None  # in the loop; stored targets cost nothing worth counting
-    if recipe.distillation is not None and recipe.distillation.teacher is not None:
-        teacher = _header(recipe.distillation.teacher)
+    distillation = _distillation(recipe)
+    if distillation is not None and distillation.teacher is not None:
+        teacher = _header(distillation.teacher)
     draft = _Draft(recipe, config, device, num_devices, efficiency, example_lengths, teacher)
     largest = draft.largest_rows()
     return RunPlan(
         config=config,
-        parameters=parts_of(config),
+        parameters=encoder_parts(config) if is_reward else parts_of(config),
         device=device,
         num_devices=num_devices,
         phases=draft.phases,
-        row=draft.row,
+        row=draft.load.row,
         tokens_per_step=draft.tokens_per_step,
         largest_rows_per_batch=largest,
         changes=() if draft.fits else tuple(_changes(draft, largest)),
         problems=tuple(_problems(draft)),
         price_per_hour=price_per_hour,
         teacher=draft.teacher,
+        rows_key=draft.load.rows_key,
+        notes=notes_on(recipe),
     )
+
+
+def _distillation(recipe: Planned) -> DistillationConfig | None:
+    return recipe.distillation if isinstance(recipe, Recipe) else None
 
 
 def read_model_config(model: ModelConfig) -> EncoderDecoderConfig:
@@ -253,12 +280,21 @@ def parts_of(config: EncoderDecoderConfig) -> dict[str, int]:
     return {**counts, "embeddings": counts["embeddings"] - head, "head": head, "total": total}
 
 
+def encoder_parts(config: EncoderDecoderConfig) -> dict[str, int]:
+    """`parts_of` a reward model: the encoder with its embeddings."""
+    weights = [w for w in weights_of(config.model_dump_json()) if w.name.startswith("model.encoder.")]
+    tables = sum(w.size for w in weights if w.is_table)
+    total = sum(w.size for w in weights)
+    rest = dict.fromkeys(("decoder", "cross_attention", "head"), 0)
+    return {"embeddings": tables, "encoder": total - tables, **rest, "total": total}
+
+
 class _Draft:
     """One variant of a run: what is asked for, or what it would be with something changed."""
 
     def __init__(
         self,
-        recipe: Recipe,
+        recipe: Planned,
         config: EncoderDecoderConfig,
         device: Device,
         num_devices: int,
@@ -272,20 +308,7 @@ class _Draft:
         self.num_devices, self.efficiency = num_devices, efficiency
         self.example_lengths, self.frozen_encoder = example_lengths, frozen_encoder
         self.shards = max(num_devices // recipe.data_parallel_replicas, 1)
-        data = recipe.data
-        if example_lengths is None:
-            self.row = example_row(config, data.source_length, data.target_length)
-        else:
-            source, target = example_lengths
-            if not (1 <= source <= data.source_length and 1 <= target <= data.target_length):
-                raise ValueError(
-                    f"mean lengths of examples must lie between 1 and the row's {data.source_length} and "
-                    f"{data.target_length} tokens, got {source} and {target}"
-                )
-            fitting = min(data.source_length // source, data.target_length // target)
-            examples = [(source, target)] * (fitting if data.packing else 1)
-            row = data.source_length, data.target_length
-            self.row = packed_row(config, *(row if data.packing else example_lengths), examples)
+        self.load = load_of(recipe, config, example_lengths)
 
     def changed(self, **changes: Any) -> _Draft:
         """The same with fields of the recipe (dotted with __), `num_devices` or `frozen_encoder` changed."""
@@ -300,25 +323,28 @@ class _Draft:
         settings = (num_devices, self.efficiency, lengths, self.teacher_checkpoint, frozen)
         return _Draft(recipe, self.config, self.device, *settings)
 
+    def with_precomputed_reference(self) -> _Draft:
+        """The same without a second model in the loop."""
+        assert isinstance(self.recipe, PreferenceRecipe)
+        preference = self.recipe.preference.model_copy(update={"reference": "precomputed"})
+        return self.changed(preference=preference)
+
     @property
     def checkpointing(self) -> Any:
         return self.recipe.activation_checkpointing
 
     @property
     def tokens_per_step(self) -> int:
-        rows = self.recipe.data.rows_per_batch * self.recipe.accumulate_batches
-        if self.example_lengths is None:
-            return rows * (self.row.source_positions + self.row.target_positions)
-        return rows * self.row.examples * sum(self.example_lengths)
+        return self.load.rows * self.recipe.accumulate_batches * self.load.tokens_per_row
 
     @property
     def setup(self) -> Setup:
-        rows = self.recipe.data.rows_per_batch
+        rows, row = self.load.rows, self.load.row
         return Setup(
             rows=rows,
-            source_length=self.row.source_positions,
-            target_length=self.row.target_positions,
-            scored=rows * self.row.scored,
+            source_length=row.source_positions,
+            target_length=row.target_positions,
+            scored=rows * row.scored,
             precision=self.recipe.precision,
             checkpointing=self.checkpointing,
             shards=self.shards,
@@ -327,11 +353,24 @@ class _Draft:
             has_ema=self.recipe.ema_decay is not None,
             teacher=self.teacher,
             matched_layers=self._matched_layers,
+            answers=row.answers,
+            reference_parameters=parts_of(self.config)["total"] if self._has_reference_model else 0,
+            is_encoder_only=self._is_encoder_only,
         )
 
     @property
+    def _is_encoder_only(self) -> bool:
+        return isinstance(self.recipe, RewardRecipe)
+
+    @property
+    def _has_reference_model(self) -> bool:
+        if not isinstance(self.recipe, PreferenceRecipe):
+            return False
+        return self.recipe.preference.kind != "orpo" and self.recipe.preference.reference == "model"
+
+    @property
     def _matched_layers(self) -> int:
-        distillation = self.recipe.distillation
+        distillation = _distillation(self.recipe)
         if distillation is None or distillation.hidden_states is None:
             return 0
         layers = distillation.hidden_states.layers
@@ -339,7 +378,9 @@ class _Draft:
 
     @cached_property
     def teacher(self) -> Teacher | None:
-        return None if self.teacher_checkpoint is None else plan_teacher(self.teacher_checkpoint, self.row)
+        return (
+            None if self.teacher_checkpoint is None else plan_teacher(self.teacher_checkpoint, self.load.row)
+        )
 
     @cached_property
     def peak(self) -> int:
@@ -352,12 +393,16 @@ class _Draft:
     def largest_rows(self) -> int:
         """The most rows of a batch that fit, by bisection; 0 if not even one does."""
         low, high = 0, 1
-        while high <= 2**20 and self.changed(data__rows_per_batch=high).fits:
+        while high <= 2**20 and self.with_rows(high).fits:
             low, high = high, 2 * high
         while high - low > 1:
             middle = (low + high) // 2
-            low, high = (middle, high) if self.changed(data__rows_per_batch=middle).fits else (low, middle)
+            low, high = (middle, high) if self.with_rows(middle).fits else (low, middle)
         return low
+
+    def with_rows(self, rows: int, **changes: Any) -> _Draft:
+        """The same with another size of batches, as `load.rows_key` counts it; `changes` as for `changed`."""
+        return self.changed(**{self.load.rows_key.replace(".", "__"): rows, **changes})
 
     def _periods(self) -> list[tuple[str, int, Trained]]:
         warmup, steps = self.recipe.cross_attention_warmup_steps, self.recipe.steps
@@ -374,11 +419,16 @@ class _Draft:
         return tuple(self._phase(*period) for period in self._periods())
 
     def _phase(self, name: str, steps: int, trained: Trained) -> Phase:
-        weights = weights_of(self.config.model_dump_json())
-        learned = sum(w.size for w in weights if gets_gradient(self.config, w.name, trained))
-        rows = self.recipe.data.rows_per_batch * self.recipe.accumulate_batches
-        one = training_flops(self.config, self.row, trained=trained, checkpointing=self.checkpointing)
-        flops = one.times(rows)
+        weights = setup_weights(self.config, self.setup)
+        if self._is_encoder_only:
+            learned = sum(w.size for w in weights)
+            one = encoder_flops(self.config, self.load.row, checkpointing=self.checkpointing)
+        else:
+            learned = sum(w.size for w in weights if gets_gradient(self.config, w.name, trained))
+            one = training_flops(
+                self.config, self.load.row, trained=trained, checkpointing=self.checkpointing
+            )
+        flops = one.times(self.load.rows * self.recipe.accumulate_batches)
         compute, update, communication = self._seconds(flops, weights, learned)
         memory = peak_memory(self.config, self.setup, trained)
         return Phase(name, steps, trained, learned, memory, flops, compute, update, communication)
@@ -392,8 +442,10 @@ class _Draft:
         rate = device.float32_flops_per_s if is_float32 else device.bfloat16_flops_per_s
         if rate is None or device.memory_bytes_per_s is None:
             return None, None, None
-        rows = self.recipe.data.rows_per_batch * self.recipe.accumulate_batches
+        rows = self.load.rows * self.recipe.accumulate_batches
         taught = 0 if self.teacher is None else self.teacher.flops_per_row * rows
+        if self._has_reference_model:
+            taught += training_flops(self.config, self.load.row).forward * rows
         compute = (flops.total + taught) / self.num_devices / (rate * self.efficiency)
         update = UPDATE_BYTES * learned / self.shards / device.memory_bytes_per_s
         if self.num_devices == 1 or device.link_bytes_per_s is None:
@@ -416,24 +468,25 @@ def _changes(draft: _Draft, largest_rows: int) -> list[Change]:
     data, batches = draft.recipe.data, draft.recipe.accumulate_batches
     found: list[Change] = []
 
-    def add(what: str, **changes: Any) -> None:
-        other = draft.changed(**changes)
+    def add(what: str, other: _Draft) -> None:
         if other.peak < draft.peak:
             found.append(Change(what, draft.peak - other.peak, other.fits))
 
-    divisors = [rows for rows in range(1, data.rows_per_batch) if data.rows_per_batch % rows == 0]
+    key, size = draft.load.rows_key, draft.load.rows // draft.load.rows_of_key
+    divisors = [rows for rows in range(1, size) if size % rows == 0]
     if divisors:
         fitting = [rows for rows in divisors if rows <= largest_rows]
         rows = max(fitting, default=1)
-        more = batches * data.rows_per_batch // rows
+        more = batches * size // rows
         add(
-            f"data.rows_per_batch={rows} accumulate_batches={more} (the same tokens a step)",
-            data__rows_per_batch=rows,
-            accumulate_batches=more,
+            f"{key}={rows} accumulate_batches={more} (the same tokens a step)",
+            draft.with_rows(rows, accumulate_batches=more),
         )
+    if draft.setup.reference_parameters:
+        add("preference.reference=precomputed", draft.with_precomputed_reference())
     for kind in ("selective", "full"):
         if draft.checkpointing == "none" or (draft.checkpointing, kind) == ("selective", "full"):
-            add(f"activation_checkpointing={kind}", activation_checkpointing=kind)
+            add(f"activation_checkpointing={kind}", draft.changed(activation_checkpointing=kind))
     counts = (
         [n for n in range(draft.num_devices + 1, batches + 1) if batches % n == 0]
         if not draft.device.is_cpu
@@ -441,26 +494,24 @@ def _changes(draft: _Draft, largest_rows: int) -> list[Change]:
     )
     if counts:
         number = next((n for n in counts if draft.changed(num_devices=n).fits), counts[-1])
-        add(f"--gpus {number}", num_devices=number)
+        add(f"--gpus {number}", draft.changed(num_devices=number))
     if draft.recipe.precision == "float32":
-        add("precision=bfloat16", precision="bfloat16")
+        add("precision=bfloat16", draft.changed(precision="bfloat16"))
     source, target = data.source_length // 2, data.target_length // 2
     if source and target:
         add(
             f"data.source_length={source} data.target_length={target} (shorter rows)",
-            data__source_length=source,
-            data__target_length=target,
+            draft.changed(data__source_length=source, data__target_length=target),
         )
-    if not draft.config.tie_stacks:
+    if not draft.config.tie_stacks and isinstance(draft.recipe, Recipe):
         add(
             "a frozen encoder: model.encoder.requires_grad_(False) before twofold.train.fit",
-            frozen_encoder=True,
+            draft.changed(frozen_encoder=True),
         )
     if draft.checkpointing != "full":
         add(
-            "data.rows_per_batch=1 activation_checkpointing=full, the least without more devices",
-            data__rows_per_batch=1,
-            activation_checkpointing="full",
+            f"{key}=1 activation_checkpointing=full, the least without more devices",
+            draft.with_rows(1, activation_checkpointing="full"),
         )
     return found
 
@@ -496,7 +547,7 @@ def _problems(draft: _Draft) -> list[str]:
                 f"{side}: attention dropout with a soft-cap runs the eager attention, whose T x S weights are not "
                 "in these bytes"
             )
-    if recipe.data.objective.name in ("span_corruption", "ul2"):
+    if isinstance(recipe, Recipe) and recipe.data.objective.name in ("span_corruption", "ul2"):
         found.append(
             "sentinels that the tokenizer lacks are added to the vocabulary, and are not counted here"
         )
