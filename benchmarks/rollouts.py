@@ -9,11 +9,12 @@ of answers, temperature and limits are equal, and so is everything but who write
 - `engine`: `twofold.infer.Engine` on OpenVINO in bfloat16, compiled anew from the weights of each step (that time
   counts); `engine_shared`: the same on the trained PyTorch parameters themselves, float32.
 - `transformers_float32`: `generate` of transformers on the same modules, all answers of a step in one batch with
-  `num_return_sequences`; `transformers_bfloat16`: on a copy in bfloat16.
+  `num_return_sequences`, so that each prompt is read once; `transformers_bfloat16`: on a copy in bfloat16;
+  `transformers_repeated`: float32, with each prompt repeated in the batch for each answer, as TRL's trainers do.
 
-`rollout_speedup` is answers per second of `engine` over those of the faster transformers run; `*_share` is where a
-step's time goes with `engine`. Answers end where the model ends them, so tokens per second are reported too. `--quick`
-takes one step of short answers.
+`rollout_speedup` is answers per second of `engine` over those of the fastest transformers run; `repeated_speedup` over
+those with repeated prompts; `*_share` is where a step's time goes with `engine`. Answers end where the model ends them,
+so tokens per second are reported too. `--quick` takes one step of short answers.
 """
 
 from __future__ import annotations
@@ -43,12 +44,13 @@ from twofold.posttrain.grpo import PolicyObjective, RolloutBatch
 from twofold.posttrain.prompts import Prompt, Prompts, open_prompts
 from twofold.posttrain.rewards import Rewards
 from twofold.posttrain.rollout_loader import RolloutLoader, RolloutParts
-from twofold.posttrain.rollouts import Answer, RolloutEngine, copy_weights, empty_copy, evaluating
+from twofold.posttrain.rollouts import Answer, RolloutEngine, evaluating
+from twofold.train.copies import copy_weights, empty_copy
 from twofold.train.optimizer import new_optimizer, trainable_parameters
 from twofold.train.step import train_step
 from twofold.train.world import ONE_PROCESS
 
-PROMPTS, SAMPLES, NEW_TOKENS, STEPS = 4, 8, 64, 3
+PROMPTS, SAMPLES, NEW_TOKENS, STEPS = 4, 8, 96, 2
 PROMPTS_QUICK, SAMPLES_QUICK, NEW_TOKENS_QUICK, STEPS_QUICK = 2, 4, 8, 1
 PHASES = ("rollout", "reward", "scoring", "update")
 
@@ -72,8 +74,11 @@ class TransformersWriter:
         policy: the model that is trained, which scores.
     """
 
-    def __init__(self, model: EncoderDecoder, max_new_tokens: int, dtype: torch.dtype) -> None:
-        self.policy = model
+    def __init__(
+        self, model: EncoderDecoder, max_new_tokens: int, dtype: torch.dtype, *, repeats: bool = False
+    ) -> None:
+        """`repeats`: each prompt stands in the batch as often as it is answered."""
+        self.policy, self._repeats = model, repeats
         self._copy = model if dtype == torch.float32 else empty_copy(model, dtype, torch.device("cpu"))
         self._model = TwofoldForConditionalGeneration.of(self._copy)
         self._max_new_tokens = max_new_tokens
@@ -90,6 +95,8 @@ class TransformersWriter:
     ) -> list[list[Answer]]:
         """See `RolloutEngine.answer`; draws with the first seed."""
         torch.manual_seed(seeds[0])
+        if self._repeats:
+            prompts = [prompt for prompt in prompts for _ in range(num_samples)]
         ids, mask = padded([prompt.source.tolist() for prompt in prompts], "right", torch.device("cpu"))
         prefix = torch.tensor([prompt.prefix.tolist() for prompt in prompts])  # the template's, equally long
         config = GenerationConfig(
@@ -97,7 +104,7 @@ class TransformersWriter:
             temperature=temperature,
             top_k=0,
             top_p=1.0,
-            num_return_sequences=num_samples,
+            num_return_sequences=1 if self._repeats else num_samples,
             max_new_tokens=self._max_new_tokens,
             eos_token_id=self._stops,
             pad_token_id=self._stops[0],
@@ -240,6 +247,7 @@ def writers(model: EncoderDecoder, recipe: PolicyRecipe) -> dict[str, Writer]:
         "engine_shared": RolloutEngine(model, rollout, ONE_PROCESS),
         "transformers_float32": TransformersWriter(model, new, torch.float32),
         "transformers_bfloat16": TransformersWriter(model, new, torch.bfloat16),
+        "transformers_repeated": TransformersWriter(model, new, torch.float32, repeats=True),
     }
 
 
@@ -265,6 +273,8 @@ def summary(figures: dict[str, Figures], recipe: PolicyRecipe) -> tuple[dict[str
         metrics[f"{key.removesuffix('s_per_s')}_speedup"] = round(
             ours[key] / max(peer[key] for peer in peers), 3
         )
+    repeated = found["transformers_repeated"]["rollouts_per_s"]
+    metrics["repeated_speedup"] = round(ours["rollouts_per_s"] / repeated, 3)
     metrics["step_speedup"] = round(min(peer["step_s"] for peer in peers) / ours["step_s"], 3)
     details = {
         "prompts": recipe.data.prompts_per_batch,

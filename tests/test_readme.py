@@ -59,6 +59,7 @@ def test_there_are_commands_for_every_verb():
         "train",
         "plan",
         "average",
+        "merge",
         "export",
         "bench",
         "eval",

@@ -36,11 +36,12 @@ def test_transformers_writes_greedily_what_the_engine_writes(text_model):
     ]
     engine = RolloutEngine(model, RolloutConfig(max_new_tokens=6, num_samples=2), ONE_PROCESS)
     found = []
-    for writer in (engine, TransformersWriter(model, 6, torch.float32)):
+    peers = [TransformersWriter(model, 6, torch.float32, repeats=repeats) for repeats in (False, True)]
+    for writer in (engine, *peers):
         writer.refresh()
         found.append(writer.answer(prompts, [1, 2], num_samples=2, temperature=1e-4))
         assert model.training
-    assert found[0] == found[1]
+    assert found[0] == found[1] == found[2]
 
 
 def test_every_system_takes_its_steps_in_one_loop(monkeypatch, tmp_path, text_model):
@@ -60,7 +61,7 @@ def test_every_system_takes_its_steps_in_one_loop(monkeypatch, tmp_path, text_mo
     recipe = grpo_recipe(tmp_path, steps=2, accumulate_batches=1, data={"source_length": 99})
     metrics, details = rollouts.summary(rollouts.compared(model, recipe), recipe)
     assert sum(metrics[f"{phase}_share"] for phase in rollouts.PHASES) == pytest.approx(1, abs=1e-3)
-    peers = [metrics[f"transformers_{dtype}_rollouts_per_s"] for dtype in ("float32", "bfloat16")]
+    peers = [metrics[f"transformers_{dtype}_rollouts_per_s"] for dtype in ("float32", "bfloat16", "repeated")]
     assert metrics["rollout_speedup"] == pytest.approx(
         metrics["engine_rollouts_per_s"] / max(peers), rel=0.01
     )

@@ -223,7 +223,7 @@ def test_an_evaluation_is_the_mean_reward():
     assert found.loss == pytest.approx(-REWARDS.mean())
     assert found.metrics["reward"] == pytest.approx(REWARDS.mean())
     assert found.metrics["no_variance"] == pytest.approx(1 / 3)
-    assert not {"kl", "entropy", "clipped"} & found.metrics.keys()
+    assert not {"kl", "entropy", "clipped", "scoring_seconds"} & found.metrics.keys()
 
 
 def test_truncated_answers_alone_teach_nothing():

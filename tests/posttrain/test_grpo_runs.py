@@ -29,6 +29,7 @@ RUNS = {
         "policy": {"num_iterations": 2, "scale": "batch", "mask_truncated": True, "kl_coefficient": 0.1}
     },
     "copied": {"rollout": {"precision": "bfloat16", "held_out": {"temperature": 1.0, "num_samples": 2}}},
+    "adapter": {"adapter": {"rank": 2}},
 }
 
 
@@ -55,6 +56,13 @@ def test_a_resumed_run_equals_the_run_that_never_stopped(name, tmp_path):
     held = [line for line in metrics_of(whole.output) if "held_out_reward_low" in line]
     assert [line["step"] for line in held] == [0, 3, 6]
     assert "held_out_entropy" not in held[0]
+    answers = [(result.output / "held_out.jsonl").read_text() for result in (whole, resumed)]
+    assert answers[0] == answers[1]
+    lines = list(map(json.loads, answers[0].splitlines()))
+    assert len(lines) == 3 * 3 * (2 if name == "copied" else 1)
+    first = [line["reward_low"] for line in lines if line["step"] == 0]
+    assert sum(first) / len(first) == pytest.approx(held[0]["held_out_reward_low"])
+    assert lines[0]["prompt"] in {record["prompt"] for record in RECORDS}
 
 
 class DieAfter(Callback):

@@ -79,11 +79,15 @@ def test_messages_and_texts_go_through_the_chat_template(byte_tokenizer, tmp_pat
 
 
 def test_what_cannot_be_used_is_counted_and_too_much_of_it_refused(tmp_path):
-    rows = [*RECORDS, {"prompt": " "}, {"prompt": 3}, {"other": "x"}]
+    answered = [{"role": "user", "content": "1+1"}, {"role": "assistant", "content": "2"}]
+    rows = [*RECORDS, {"prompt": " "}, {"prompt": 3}, {"other": "x"}, {"prompt": answered}]
     path = written(tmp_path / "p.jsonl", rows)
     found = opened(path, max_bad_share=0.5)
     assert len(found.train) == len(RECORDS)
-    assert "3 of 12 records skipped (1 empty prompt, 1 no column, 1 wrong type)" in found.report[0]
+    assert (
+        "4 of 13 records skipped (1 empty prompt, 1 no column, 1 no user's turn, 1 wrong type)"
+        in found.report[0]
+    )
     with pytest.raises(ValueError, match=r"more than max_bad_share=0.05; repair the data, set prompt_field"):
         opened(path)
 

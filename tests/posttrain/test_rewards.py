@@ -184,6 +184,8 @@ def test_a_config_says_what_is_wrong():
         config(kind="format", pattern="(")
     with pytest.raises(ValidationError, match="letters, digits"):
         config(kind="math", name="my reward")
+    with pytest.raises(ValidationError, match="would be the metric reward_std"):
+        config(kind="math", name="std")
     with pytest.raises(
         ValidationError, match="runs what the model writes on this machine; set runs_model_code=true"
     ):

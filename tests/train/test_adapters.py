@@ -281,6 +281,17 @@ def test_memory_savers_and_phases_change_nothing_else(tmp_path):
     assert all("cross_attn" in name for name in moved)
 
 
+def test_a_head_that_trains_whole_is_the_one_the_loss_reads(tmp_path):
+    model = tiny_model(tie_word_embeddings="none")
+    before = model.lm_head.out_proj.weight.clone()
+    config = settings(steps=2, adapter={"rank": 2, "lm_head": True})
+    fit(model, loader(model), None, config, tmp_path / "run")
+    after = load(tmp_path / "run" / "model").lm_head.out_proj.weight
+    assert (after - before).abs().max() > 1e-3
+    names = set(ShardsSource(tmp_path / "run" / "checkpoints" / "step-000002").names())
+    assert "lm_head.modules_to_save.default.out_proj.weight" in names
+
+
 @pytest.mark.parametrize("backend", ["eager", "sdpa", "segments"])
 def test_packed_rows_on_every_backend(backend):
     """The loss of packed rows is that of their examples, one by one."""

@@ -41,7 +41,9 @@ def train_command(
     note(f"loading model and data; results go to {run.output}")
     result = train_stage(run, resume=resume, callbacks=[progress_for(err)] if is_main() else [])
     if result.is_finished:
-        note(f"wrote {result.model_path} (the model) and {result.output / 'metrics.jsonl'}")
+        is_adapter = run.adapter is not None and not run.adapter.merge
+        what = "the adapter" if is_adapter else "the model"
+        note(f"wrote {result.model_path} ({what}) and {result.output / 'metrics.jsonl'}")
     else:
         note(f"stopped after step {result.step} of {run.steps}, saved {result.checkpoint}")
         note(f"go on with: {_resume_line(recipe, overrides or ())}")

@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 from twofold.config.base import Config
 from twofold.config.recipe import Run
 from twofold.config.rewards import RewardConfig
+from twofold.config.rollouts import RolloutEngineConfig
 
 
 class PromptSource(Config):
@@ -111,34 +112,13 @@ class HeldOutSampling(Config):
         return self
 
 
-class RolloutConfig(Config):
+class RolloutConfig(RolloutEngineConfig):
     """How answers are sampled, by the engine, with the weights of the step."""
 
     num_samples: int = 8
     """Answers to each prompt, which the encoder reads once."""
 
-    max_new_tokens: int = Field(ge=1)
-    """Of an answer, its stop token included; an answer without one by then is truncated."""
-
-    temperature: float = Field(default=1.0, gt=0)
-    """Of the policy: what is sampled from, and whose probabilities are learned. Filters (top-k, top-p) are not offered,
-    because what they sample from is another policy than the one that is trained."""
-
     held_out: HeldOutSampling = HeldOutSampling()
-
-    backend: Literal["auto", "torch", "openvino"] = "auto"
-    """`torch` runs the very parameters that are trained. `openvino` (CPU only) is compiled anew from them, in memory,
-    before each rollout: seconds that pay where rollouts take longer. `auto`: `torch`."""
-
-    precision: Literal["float32", "bfloat16", "int8", "int4"] | None = None
-    """Of the engine, where it is another than the parameters': `torch` then runs a copy that is filled before each
-    rollout. null: float32, the parameters themselves."""
-
-    batch_size: int = Field(default=64, ge=1)
-    """Answers that are written together; see `twofold.infer.Engine`."""
-
-    cache_bytes: int | None = Field(default=None, ge=1)
-    """Of keys and values; see `twofold.infer.Engine`."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -151,15 +131,6 @@ class RolloutConfig(Config):
         if most > self.batch_size:
             raise ValueError(
                 f"batch_size is {self.batch_size}, but {most} answers to one prompt are written together; raise it"
-            )
-        if self.backend != "openvino" and self.precision in ("int8", "int4"):
-            raise ValueError(
-                f"precision {self.precision!r} is for backend 'openvino'; backend {self.backend!r} takes float32 or "
-                "bfloat16"
-            )
-        if self.backend != "openvino" and self.precision == "float32":
-            warnings.warn(
-                "precision='float32' has no effect beside null: the parameters are float32", stacklevel=2
             )
         return self
 
@@ -177,7 +148,7 @@ class PolicyConfig(Config):
 
     aggregation: Literal["token", "sequence", "constant"] = "token"
     """`token`: every token of a step weighs the same (DAPO). `sequence`: every answer does, its tokens share that
-    (GRPO). `constant`: sums over answers, divided by max_new_tokens (Dr. GRPO)."""
+    (GRPO). `constant`: the sum over an answer's tokens, divided by max_new_tokens (Dr. GRPO, RLOO)."""
 
     clip_low: float = Field(default=0.2, gt=0, lt=1)
     """The importance ratio counts down to 1 - clip_low."""

@@ -43,6 +43,10 @@ class _Reward(Config):
     def _name_is_plain(cls, name: str | None) -> str | None:
         if name is not None and not re.fullmatch(r"\w+", name):
             raise ValueError(f"name must be of letters, digits and underscores, got {name!r}")
+        if name in ("std", "seconds"):
+            raise ValueError(
+                f"name {name!r} would be the metric reward_{name}, which is another one; choose another"
+            )
         return name
 
 

@@ -183,9 +183,11 @@ def _reply_and_stop(
 def _tokens_between(prompt: str, reply: str, tail: str, tokenizer: ChatTokenizer) -> list[int]:
     """A reply's tokens as they stand in its conversation: SentencePiece tokenizers would put a space in front of a
     reply that stands alone. Where tokens reach over its ends, it is taken alone after all."""
-    before, after = encode(tokenizer, prompt).tolist(), encode(tokenizer, tail).tolist()
-    whole = encode(tokenizer, prompt + reply + tail).tolist()
+    before: list[int] = encode(tokenizer, prompt).tolist()
+    after: list[int] = encode(tokenizer, tail).tolist()
+    whole: list[int] = encode(tokenizer, prompt + reply + tail).tolist()
     end = len(whole) - len(after)
     if whole[: len(before)] == before and len(before) <= end and whole[end:] == after:
         return whole[len(before) : end]
-    return encode(tokenizer, reply).tolist()
+    alone: list[int] = encode(tokenizer, reply).tolist()
+    return alone

@@ -177,6 +177,8 @@ class PolicyObjective(Objective):
         told = {
             name: means[name] / means[counted] for counted, names in kinds if means[counted] for name in names
         }
+        if not means["tokens"]:
+            told.pop("scoring_seconds")  # of an evaluation, which scores nothing
         if self.config.kl_coefficient == 0:
             told.pop("kl", None)
         if self.config.num_iterations == 1:

@@ -14,11 +14,11 @@ from twofold.posttrain.build import build_on_ranks
 from twofold.posttrain.grpo import PolicyObjective
 from twofold.posttrain.prompts import Prompts, open_prompts, prompt_reader
 from twofold.posttrain.rewards import Rewards
-from twofold.posttrain.rollout_loader import HeldOutRollouts, RolloutLoader, RolloutParts
+from twofold.posttrain.rollout_loader import HeldOutAnswers, HeldOutRollouts, RolloutLoader, RolloutParts
 from twofold.posttrain.rollouts import RolloutEngine
 from twofold.train.callbacks import Callback, TrainResult
 from twofold.train.loop import fit
-from twofold.train.run import RunFiles, build_model, find_checked_start
+from twofold.train.run import RunFiles, build_model, find_checked_start, weights_of
 from twofold.train.world import World, start_world
 
 
@@ -27,7 +27,8 @@ def train_policy(
 ) -> TrainResult:
     """Stage `grpo`: let a pair learn from rewards of what it writes. Arguments and errors as for `twofold.train.train`.
 
-    The held-out loss is minus the mean reward of held-out prompts; the curve is in metrics.jsonl.
+    The held-out loss is minus the mean reward of held-out prompts; the curve is in metrics.jsonl. Beside what that
+    writes, `output` gets held_out.jsonl with answers to the first held-out prompts.
 
     Raises:
         RewardError: a reward failed; see `Rewards.score`.
@@ -39,7 +40,7 @@ def train_policy(
         def make() -> EncoderDecoder:
             for source in (*recipe.data.sources, *recipe.data.held_out):
                 prompt_reader(source, rewards.columns)  # finds missing files before the model is loaded
-            return build_model(recipe.model, checkpoint)
+            return build_model(recipe.model, weights_of(recipe, checkpoint))
 
         model, prompts = build_on_ranks(
             world,
@@ -57,11 +58,14 @@ def train_policy(
         reference = None
         if recipe.policy.kl_coefficient:
             reference = build_model(recipe.model).to(world.device).eval().requires_grad_(False)
-        watchers = [RunFiles(recipe, model, prompts.report), *callbacks] if world.is_main else callbacks
+        watchers = [RunFiles(recipe, model, prompts.report), *callbacks] if world.is_main else [*callbacks]
+        held_out = HeldOutRollouts(prompts.held_out, parts) if prompts.held_out else None
+        if held_out is not None and world.is_main:
+            watchers.append(HeldOutAnswers(Path(recipe.output) / "held_out.jsonl", held_out, rewards.names))
         return fit(
             model,
             RolloutLoader(prompts, parts, reference=reference),
-            HeldOutRollouts(prompts.held_out, parts) if prompts.held_out else None,
+            held_out,
             recipe,
             recipe.output,
             watchers,

@@ -220,6 +220,10 @@ def read_prompt(
     prompt: str | list[dict[str, str]]
     if isinstance(value, list) and not all(isinstance(part, str) for part in value):
         prompt = read_messages(value, source.prompt_field, raw.where)
+        if prompt and prompt[-1]["role"] != "user":
+            raise BadRecord(
+                "no user's turn", f"{raw.where}: a conversation must end with a user's turn, to be answered"
+            )
     else:
         text = " ".join(value) if isinstance(value, list) else value
         if not isinstance(text, str):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,10 +23,16 @@ from twofold.posttrain.grpo import RolloutBatch, advantages, placed_logprobs
 from twofold.posttrain.prompts import Prompt, PromptOrder, Prompts, prompts_digest
 from twofold.posttrain.rewards import Rewards, Scores
 from twofold.posttrain.rollouts import Answer, RolloutEngine, answer_seed, evaluating
+from twofold.train.evaluate import Evaluation
+from twofold.train.step import StepResult
+from twofold.train.trackers import MetricsFile
 from twofold.train.world import World
 
 _HELD_OUT = 2**31
 """In place of a rollout's number, in seeds of held-out prompts, which are the same in every evaluation."""
+
+_SHOWN = 8
+"""Held-out prompts whose answers are kept to be read."""
 
 
 class Group(NamedTuple):
@@ -50,9 +57,12 @@ class RolloutParts:
     def groups(
         self, prompts: Sequence[Prompt], seeds: Sequence[int], *, num_samples: int, temperature: float
     ) -> tuple[list[Group], list[float]]:
-        """Answers and rewards, with the weights as they are; and the seconds that either took. On all ranks."""
+        """Answers and rewards, with the weights as they are; and the seconds that either took. On all ranks, also on
+        one that has no prompt."""
         started = time.perf_counter()
         self.engine.refresh()
+        if not prompts:
+            return [], [time.perf_counter() - started, 0.0]
         answers = self.engine.answer(prompts, seeds, num_samples=num_samples, temperature=temperature)
         written = time.perf_counter()
         pairs = [(p, answer) for p, group in zip(prompts, answers, strict=True) for answer in group]
@@ -208,6 +218,8 @@ class HeldOutRollouts:
 
     def __init__(self, prompts: Sequence[Prompt], parts: RolloutParts) -> None:
         self._prompts, self._parts = list(prompts), parts
+        self.last: list[Group] = []
+        """What the last pass came to, by prompt."""
 
     def one_pass(self) -> Iterator[RolloutBatch]:
         """All prompts in their order, the same batches on every rank; each rank answers a part of them."""
@@ -220,16 +232,39 @@ class HeldOutRollouts:
             num_samples=sampling.num_samples,
             temperature=sampling.temperature,
         )
-        answered = {
-            n: group._replace(prompt=self._prompts[0])  # which the others have
-            for n, group in zip(numbers, groups, strict=True)
-        }
-        whole = {n: group for part in world.gather(answered) for n, group in part.items()}
-        ordered = [whole[n]._replace(prompt=prompt) for n, prompt in enumerate(self._prompts)]
+        own = {n: (group.answers, group.rewards) for n, group in zip(numbers, groups, strict=True)}
+        whole = {n: found for part in world.gather(own) for n, found in part.items()}
+        self.last = [Group(prompt, *whole[n]) for n, prompt in enumerate(self._prompts)]
         size = recipe.data.prompts_per_batch
-        for start in range(0, len(ordered), size):
-            part = ordered[start : start + size]
+        for start in range(0, len(self.last), size):
+            part = self.last[start : start + size]
             yield parts.batch(part, [[0.0] * sampling.num_samples] * len(part), seconds)
+
+
+class HeldOutAnswers(MetricsFile):
+    """Answers to the first held-out prompts after each evaluation, for people to read: a line of JSON for each."""
+
+    def __init__(self, path: Path, rollouts: HeldOutRollouts, names: Sequence[str]) -> None:
+        """
+        Args:
+            rollouts: the run's.
+            names: of its rewards.
+        """
+        super().__init__(path, every=1)
+        self._rollouts, self._names = rollouts, ("reward", *(f"reward_{name}" for name in names))
+
+    def on_step(self, step: int, result: StepResult) -> None:
+        """Nothing is held out there."""
+
+    def on_evaluation(self, step: int, evaluation: Evaluation) -> None:
+        for group in self._rollouts.last[:_SHOWN]:
+            for answer, rewards in zip(group.answers, group.rewards, strict=True):
+                told = dict(zip(self._names, rewards, strict=True))
+                of_prompt = {"step": step, "where": group.prompt.where, "prompt": group.prompt.prompt}
+                self._write(of_prompt | {"answer": answer.text, "is_truncated": answer.is_truncated, **told})
+
+    def on_average_evaluation(self, step: int, evaluation: Evaluation) -> None:
+        """Of the weights alone."""
 
 
 def _packed(batch: RolloutBatch) -> dict[str, Any]:

@@ -1,9 +1,10 @@
 """Answers by the engine, with the weights that are being trained.
 
 Nothing goes over the disk. Where it can, the engine runs the very parameters that the optimizer changes in place, and
-no weight is copied. Else it runs a copy in memory that is filled before each rollout: in another precision, or whole
-beside a model that is sharded over ranks. What OpenVINO has compiled holds weights in an order of its own that cannot
-be written to from outside, so that backend is made anew from memory: for SmolLM2-135M's pair some seconds each time.
+no weight is copied. Else it runs a copy in memory that is filled before each rollout: in another precision, whole
+beside a model that is sharded over ranks, or with an adapter merged. What OpenVINO has compiled holds weights in an
+order of its own that cannot be written to from outside, so that backend is made anew from memory: for SmolLM2-135M's
+pair some seconds each time.
 """
 
 from __future__ import annotations
@@ -16,12 +17,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from twofold.config.grpo import RolloutConfig
+from twofold.config.rollouts import RolloutEngineConfig
 from twofold.infer import Engine, Request, Sampling
-from twofold.infer.backends import make_backend
 from twofold.models import EncoderDecoder
 from twofold.posttrain.prompts import Prompt
-from twofold.train.parallel import whole
+from twofold.train.adapters import has_adapter
+from twofold.train.copies import copy_weights, empty_copy
 from twofold.train.world import World
 
 
@@ -45,7 +46,7 @@ class RolloutEngine:
         policy: what answers are sampled from, whole on this rank: the trained model itself, or the copy.
     """
 
-    def __init__(self, model: EncoderDecoder, config: RolloutConfig, world: World) -> None:
+    def __init__(self, model: EncoderDecoder, config: RolloutEngineConfig, world: World) -> None:
         """Nothing is allocated before `refresh`.
 
         Args:
@@ -53,25 +54,20 @@ class RolloutEngine:
             config: how to sample, and what runs it.
         """
         self._model, self._config, self._world = model, config, world
-        self._has_copy = world.size > 1 or (config.backend != "openvino" and config.precision is not None)
         self._engine: Engine | None = None
         self.policy = model
 
     def refresh(self) -> None:
         """Take the weights as they are now; on all ranks. To be called after updates, before `answer`."""
         with evaluating(self._model):
-            is_first = self._engine is None
             if self._has_copy:
-                if is_first:
+                if self._engine is None:
                     self.policy = empty_copy(self._model, self._dtype, self._world.device)
                 copy_weights(self.policy, self._model)
-            if is_first:
+            if self._config.backend == "openvino":
+                self._engine = None  # gone before another one needs its memory
+            if self._engine is None:
                 self._engine = self._new_engine()
-            elif self._config.backend == "openvino":
-                assert self._engine is not None
-                self._engine.loop.backend = make_backend(
-                    self.policy, backend="openvino", precision=self._config.precision
-                )
 
     def answer(
         self, prompts: Sequence[Prompt], seeds: Sequence[int], *, num_samples: int, temperature: float
@@ -101,6 +97,11 @@ class RolloutEngine:
                 [Answer(c.token_ids, c.text, c.finish_reason != "stop") for c in handle.result()]
                 for handle in handles
             ]
+
+    @property
+    def _has_copy(self) -> bool:
+        is_other_precision = self._config.backend != "openvino" and self._config.precision is not None
+        return self._world.size > 1 or is_other_precision or has_adapter(self._model)
 
     @property
     def _dtype(self) -> torch.dtype:
@@ -135,26 +136,3 @@ def answer_seed(seed: int, rollout: int, draw: int) -> int:
     """A seed of its own for every prompt that is drawn in a run, 62 bits, so that the answers' own fit behind it."""
     found = np.random.SeedSequence((seed, rollout, draw)).generate_state(1, np.uint64)[0]
     return int(found >> np.uint64(2))
-
-
-def empty_copy(model: EncoderDecoder, dtype: torch.dtype, device: torch.device) -> EncoderDecoder:
-    """A model of the same shape, frozen, in eval mode; its weights are whatever was in memory."""
-    with torch.device("meta"):
-        copy = EncoderDecoder(model.config)
-    copy = copy.to(dtype).to_empty(device=device)
-    copy.tie_weights()
-    copy.tokenizer = model.tokenizer
-    return copy.requires_grad_(False).eval()
-
-
-@torch.no_grad()
-def copy_weights(copy: EncoderDecoder, model: EncoderDecoder) -> None:
-    """Give the copy the weights and masks of the model, in place: graphs go on reading them there."""
-    if copy.config.encoder_mask != model.config.encoder_mask or (
-        copy.config.encoder_future_share != model.config.encoder_future_share
-    ):
-        copy.set_encoder_mask(model.config.encoder_mask, future_share=model.config.encoder_future_share)
-    own = dict(copy.named_parameters())
-    for name, parameter in model.named_parameters():
-        own.pop(name).copy_(whole(parameter))
-    assert not own

@@ -13,6 +13,7 @@ STAGES = {
     "pretrain": ("twofold.config.recipe:Recipe", "twofold.train.run:train"),
     "sft": ("twofold.config.recipe:Recipe", "twofold.train.run:train"),
     "dpo": ("twofold.config.preferences:PreferenceRecipe", "twofold.posttrain.pair_runs:train_preferences"),
+    "gkd": ("twofold.config.gkd:OnPolicyRecipe", "twofold.posttrain.gkd_runs:train_on_policy"),
     "grpo": ("twofold.config.grpo:PolicyRecipe", "twofold.posttrain.grpo_runs:train_policy"),
     "reward": ("twofold.config.preferences:RewardRecipe", "twofold.posttrain.pair_runs:train_reward"),
 }

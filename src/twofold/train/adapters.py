@@ -36,14 +36,14 @@ _PREFIX = "base_model.model."
 """Of tensor names in PEFT's files."""
 
 
-def peft(module: str = "peft") -> Any:
-    """The library, or a module of it.
+def peft() -> Any:
+    """The library.
 
     Raises:
         ImportError: it is missing.
     """
     try:
-        return importlib.import_module(module)
+        return importlib.import_module("peft")
     except ImportError as error:
         raise ImportError(
             'adapters need PEFT, which is not installed; pip install "twofold[peft]"'

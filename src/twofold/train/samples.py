@@ -12,7 +12,6 @@ from itertools import islice
 from typing import Any
 
 import torch
-from torch import nn
 
 from twofold.config.watching import SamplesConfig
 from twofold.data import Batch
@@ -20,7 +19,8 @@ from twofold.data.batch import Texts
 from twofold.infer import Engine, Request
 from twofold.infer.limits import check_inputs
 from twofold.models import EncoderDecoder, EncoderModel
-from twofold.train.adapters import has_adapter, plain_parameters
+from twofold.train.adapters import has_adapter
+from twofold.train.copies import copy_weights, empty_copy
 from twofold.train.world import World
 
 
@@ -70,7 +70,9 @@ class Sampler:
         """With the weights as they are; on all ranks, of which the main one gets the answers."""
         model = self._model
         if self._world.size > 1 or has_adapter(model):
-            copied = copy_whole(model, self._world)
+            world = self._world
+            copied = empty_copy(model, torch.float32, world.device) if world.is_main else None
+            copy_weights(copied, model)
             if copied is None:
                 return []
             model = copied
@@ -92,24 +94,3 @@ class Sampler:
         tokenizer: Any = self._model.tokenizer
         given = tokenizer.decode([*prompt.source, *prompt.prefix])
         return Sample(given, tokenizer.decode(prompt.target, skip_special_tokens=True), answer)
-
-
-@torch.no_grad()
-def copy_whole(model: EncoderDecoder, world: World) -> EncoderDecoder | None:
-    """A copy of a model without adapter and sharding, in eval mode on the main rank's device; None on the others.
-
-    All ranks call it: tensors are gathered one by one.
-    """
-    tensors = {}
-    for name, plain in plain_parameters(model).items():
-        tensor = plain.tensor()
-        if world.is_main:
-            tensors[name] = nn.Parameter(tensor.to(world.device, copy=True), requires_grad=False)
-    if not world.is_main:
-        return None
-    with torch.device("meta"):
-        copied = EncoderDecoder(model.config)
-    copied.load_state_dict(tensors, assign=True, strict=False)  # shared parameters come under one name
-    copied.tie_weights()
-    copied.tokenizer = model.tokenizer
-    return copied.eval()
