@@ -41,7 +41,10 @@ def test_advantages_are_those_of_one_answer_at_a_time(baseline, scale):
             if scale != "none":
                 expected /= 1e-4 + (statistics.stdev(rewards) if scale == "std" else batch_std)
             assert row[i] == pytest.approx(expected, abs=1e-9)
-    assert found[1].tolist() == [0.0] * 4  # though the mean of 0.1 four times may be off by a rounding
+    assert found[1].tolist() == [0.0] * 4
+    assert advantages(np.full((1, 3), 0.1), config, 1.0).tolist() == [
+        [0.0] * 3
+    ]  # whose mean is off by a rounding
 
 
 def model_of(meeting, moved=0.0):
