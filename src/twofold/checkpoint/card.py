@@ -259,9 +259,17 @@ def _training(phase: Training) -> Iterator[str]:
         yield f"Held out: {'; '.join(_source(source) for source in phase.held_out)}."
     yield _results(phase)
     first = {key: phase.settings[key] for key in ("stage", "model", "data") if key in phase.settings}
-    recipe = yaml.safe_dump(first | phase.settings, sort_keys=False, allow_unicode=True).strip()
+    chosen = _without_nulls(first | phase.settings)
+    recipe = yaml.safe_dump(chosen, sort_keys=False, allow_unicode=True).strip()
     yield f"<details><summary>The recipe, defaults included</summary>\n\n```yaml\n{recipe}\n```\n\n</details>"
     yield _versions(phase.versions)
+
+
+def _without_nulls(value: Any) -> Any:
+    """What is set to nothing, and empty lists, only make a recipe longer."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(v) for key, v in value.items() if v is not None and v not in ([], {}, ())}
+    return [_without_nulls(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def _variant(settings: dict[str, Any]) -> str:
