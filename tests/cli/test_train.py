@@ -28,6 +28,7 @@ def test_it_says_what_it_does_and_where_the_result_lies(recipe_file, tmp_path, c
     assert set(summary) == {
         "finished",
         "step",
+        "best_step",
         "loss",
         "held_out_loss",
         "tokens",

@@ -29,6 +29,12 @@ RUNS = {
     "dpo-loop": (partial(dpo_recipe, preference={"reference": "model"}), train_preferences, twofold.load),
     "orpo": (partial(dpo_recipe, preference={"kind": "orpo"}), train_preferences, twofold.load),
     "reward": (partial(reward_recipe), train_reward, load_reward_model),
+    "dpo-adapter": (
+        partial(dpo_recipe, preference={"reference": "model"}, adapter={"rank": 2}),
+        train_preferences,
+        twofold.load,
+    ),
+    "reward-adapter": (partial(reward_recipe, adapter={"rank": 2}), train_reward, load_reward_model),
 }
 
 
@@ -55,7 +61,7 @@ def test_a_resumed_run_equals_the_run_that_never_stopped(name, tmp_path):
     assert one.keys() == other.keys()
     assert all(torch.equal(one[n], other[n]) for n in one)
     told = {"dpo": "reward_chosen", "dpo-loop": "margin", "orpo": "accuracy", "reward": "calibration_error"}[
-        name
+        name.removesuffix("-adapter")
     ]
     lines = metrics_of(whole)
     assert sum(told in line for line in lines) == 6
@@ -74,10 +80,13 @@ def test_the_reference_is_the_start_also_where_its_file_is_lost(tmp_path):
     assert (tmp_path / "parts" / FILE).is_file()
 
 
-def test_both_references_give_one_curve(tmp_path):
+@pytest.mark.parametrize("adapter", [None, {"rank": 2}], ids=["whole", "adapter"])
+def test_both_references_give_one_curve(adapter, tmp_path):
     losses = [
         train_preferences(
-            dpo_recipe(tmp_path, output=str(tmp_path / where), preference={"reference": where})
+            dpo_recipe(
+                tmp_path, output=str(tmp_path / where), preference={"reference": where}, adapter=adapter
+            )
         ).losses
         for where in ("precomputed", "model")
     ]

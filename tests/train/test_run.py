@@ -191,6 +191,34 @@ def test_supervised_pairs(tmp_path):
     assert EOS in next(train_loader).labels
 
 
+@pytest.mark.parametrize(
+    ("row", "changes", "message"),
+    [
+        ({"question": "a?", "answer": ""}, {}, "empty"),
+        ({"question": "<bos><bos>a?", "answer": "b"}, {}, "starts with two BOS tokens"),
+        ({"question": "a?", "answer": "<bos>b"}, {}, "decoder input starts with two BOS tokens"),
+        (
+            {"question": "a?", "answer": "b"},
+            {"chat_template": "{% for m in messages %}{{ m.content }}{% endfor %}"},
+            r"closes a reply with '' \(token None\), which is not a stop token",
+        ),
+    ],
+    ids=["nothing-scored", "two-bos-in-the-source", "two-bos-in-the-target", "no-stop-token"],
+)
+def test_pairs_that_teach_the_wrong_thing_end_a_run_before_its_first_step(row, changes, message, tmp_path):
+    (tmp_path / "pairs.jsonl").write_text("\n".join([json.dumps(row)] * 5))
+    source = {"path": str(tmp_path / "pairs.jsonl"), "prompt_field": "question", "completion_field": "answer"}
+    data = {"sources": [source], "objective": {"name": "supervised"}, "held_out_fraction": 0.0}
+    run = recipe(tmp_path, stage="sft", data=data, evaluate_every=None)
+    model = tiny_model()
+    for name, value in changes.items():
+        setattr(model.tokenizer, name, value)
+    save(model, tmp_path / "start", overwrite=True)
+    with pytest.raises(ValueError, match=message):
+        train(run)
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_run_says_what_its_data_is_and_what_was_skipped(tmp_path):
     chosen = recipe(tmp_path, steps=1)
     (tmp_path / "texts.txt").write_text("\n".join([*TEXTS, "", "x" * 40]))

@@ -44,21 +44,30 @@ def donor_of(checkpoint: Checkpoint, role: str) -> Donor:
 
 
 def read_history(checkpoint: Checkpoint) -> History:
-    """What was done to a checkpoint; where it does not say, the checkpoint itself is where it comes from.
+    """What was done to a checkpoint; where it does not say, the checkpoint itself is where it comes from."""
+    stored = stored_history(checkpoint.folder) if checkpoint.gguf_file is None else None
+    if stored is not None:
+        return stored
+    return History(origin=Origin(kind="checkpoint", donors=(donor_of(checkpoint, "both"),)))
+
+
+def stored_history(folder: Path) -> History | None:
+    """The history of a folder's model or adapter; None where there is none.
 
     A file that cannot be read is no reason not to load weights: it warns.
     """
-    file = checkpoint.folder / HISTORY_FILE
-    if checkpoint.gguf_file is None and file.is_file():
-        try:
-            return History.model_validate_json(file.read_bytes())
-        except ValidationError as error:
-            warnings.warn(
-                f"{file} is not a history that this twofold reads ({error.error_count()} problems, the first: "
-                f"{error.errors()[0]['msg']}); the card of what is made of it begins anew",
-                stacklevel=2,
-            )
-    return History(origin=Origin(kind="checkpoint", donors=(donor_of(checkpoint, "both"),)))
+    file = folder / HISTORY_FILE
+    if not file.is_file():
+        return None
+    try:
+        return History.model_validate_json(file.read_bytes())
+    except ValidationError as error:
+        warnings.warn(
+            f"{file} is not a history that this twofold reads ({error.error_count()} problems, the first: "
+            f"{error.errors()[0]['msg']}); the card of what is made of it begins anew",
+            stacklevel=2,
+        )
+        return None
 
 
 def write_card(
@@ -74,7 +83,7 @@ def write_card(
     Args:
         config: of the pair; a reward model has only the encoder of it.
         architecture: class of the model.
-        format: of its files.
+        format: of its files; "adapter" for one in PEFT's.
     """
     content = json.dumps(history.model_dump(mode="json"), indent=1, ensure_ascii=False)
     (folder / HISTORY_FILE).write_text(content + "\n", encoding="utf-8")

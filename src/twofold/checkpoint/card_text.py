@@ -28,6 +28,7 @@ _STAGES = {
     "gkd": "Distillation on its own samples",
     "fit": "Training",
 }
+_LIBRARIES = {"twofold": "twofold", "adapter": "peft"}
 _ENGINE = """import twofold
 
 engine = twofold.Engine(twofold.load("FOLDER"))
@@ -35,6 +36,12 @@ print(engine.generate(["..."], max_new_tokens=128)[0].text)"""
 _REWARD = """from twofold.posttrain.reward import load_reward_model
 
 print(load_reward_model("FOLDER").score(["a question"], ["an answer"]))"""
+_MERGED = """twofold merge BASE FOLDER -o merged"""
+_PEFT = """import twofold
+from peft import PeftModel
+from transformers import AutoModelForSeq2SeqLM
+
+model = PeftModel.from_pretrained(AutoModelForSeq2SeqLM.from_pretrained("BASE"), "FOLDER")"""
 _TRANSFORMERS = """from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 model = AutoModelForSeq2SeqLM.from_pretrained("FOLDER")
@@ -263,6 +270,12 @@ def _usage(architecture: str, format: str) -> Iterator[str]:
     if architecture != "EncoderDecoder":
         yield f"```python\n{_REWARD}\n```"
         return
+    if format == "adapter":
+        yield "An adapter alone: it is added to the model that it was trained on, BASE."
+        yield f"```bash\n{_MERGED}\n```"
+        yield "With PEFT:"
+        yield f"```python\n{_PEFT}\n```"
+        return
     yield f"```python\n{_ENGINE}\n```"
     if format == "twofold":
         yield "With transformers, once twofold is imported:"
@@ -310,7 +323,7 @@ def _front_matter(history: History, is_pair: bool, format: str) -> str:
     licence = None if not licences or None in licences else licences.pop() if len(licences) == 1 else "other"
     stages = dict.fromkeys(phase.stage for phase in trainings)
     data = ModelCardData(
-        library_name="twofold" if format == "twofold" else "transformers",
+        library_name=_LIBRARIES.get(format, "transformers"),
         pipeline_tag="text-generation" if is_pair else "text-classification",
         base_model=list(dict.fromkeys(donor.name for donor in donors if donor.is_on_hub)) or None,
         license=licence,

@@ -196,6 +196,11 @@ def _from_file(path: Path) -> Checkpoint:
 def _from_folder(folder: Path, *, name: str) -> Checkpoint:
     if (folder / CONFIG_FILE).is_file():
         return Checkpoint(folder=folder, gguf_file=None, config=read_json(folder / CONFIG_FILE), name=name)
+    if (folder / "adapter_config.json").is_file():
+        raise ValueError(
+            f"{folder} is an adapter, not a model; add it to the model it was trained on first: twofold merge BASE "
+            f"{folder} -o OUT"
+        )
     gguf_files = sorted(folder.glob("*.gguf"))
     if len(gguf_files) > 1:
         raise ValueError(

@@ -9,7 +9,7 @@ import warnings
 
 import typer
 
-from twofold.cli import adapt, average, bench, eval, export, frontier, generate, inspect, plan, train
+from twofold.cli import adapt, average, bench, eval, export, frontier, generate, inspect, merge, plan, train
 from twofold.cli.console import fail, is_main, note
 from twofold.train import CheckpointError, NonFiniteError, OtherRankError
 
@@ -26,6 +26,7 @@ app.command("generate")(generate.generate_command)
 app.command("train")(train.train_command)
 app.command("plan")(plan.plan_command)
 app.command("average")(average.average_command)
+app.command("merge")(merge.merge_command)
 app.command("export")(export.export_command)
 app.command("bench")(bench.bench_command)
 app.command("frontier")(frontier.frontier_command)

@@ -78,6 +78,7 @@ def _summary(result: TrainResult) -> dict[str, Any]:
         "finished": result.is_finished,
         "step": result.step,
         "loss": result.losses[-1] if result.losses else None,
+        "best_step": result.best_step,
         "held_out_loss": result.held_out[-1][1] if result.held_out else None,
         "tokens": result.tokens,
         "seconds": round(result.seconds, 3),

@@ -120,7 +120,8 @@ class PreferenceConfig(Config):
 
     reference: Literal["precomputed", "model"] = "precomputed"
     """`precomputed`: log-probabilities of the model before the first step are computed once and kept in the run's
-    folder. `model`: a second copy of that model runs beside it, whole on every device. No effect for `orpo`."""
+    folder. `model`: a second copy of that model runs beside it, whole on every device; with an adapter the model itself
+    with the adapter off. No effect for `orpo`."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -186,4 +187,10 @@ class RewardRecipe(PairRun):
                 f"cross_attention_warmup_steps is {self.cross_attention_warmup_steps}, but a reward model has no "
                 "decoder and no cross-attention; set it to 0"
             )
+        if self.adapter is not None and (self.adapter.lm_head or not self.adapter.merge):
+            raise ValueError(
+                "a reward model has no LM head and is read whole: adapter.lm_head must be false and adapter.merge true"
+            )
+        if self.samples is not None:
+            raise ValueError("a reward model writes nothing, so it has no samples to show; set samples=null")
         return self

@@ -12,11 +12,13 @@ from typing import Any, Literal, Self, TypeVar
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
+from twofold.config.adapter import AdapterConfig
 from twofold.config.base import Config
 from twofold.config.data import DataConfig
 from twofold.config.distillation import DistillationConfig
 from twofold.config.model import EncoderMask
 from twofold.config.opening import OpeningConfig
+from twofold.config.watching import EarlyStoppingConfig, SamplesConfig
 
 
 class AdaptConfig(Config):
@@ -126,6 +128,9 @@ class TrainSettings(Config):
     opening: OpeningConfig | None = None
     """How the encoder goes from the masks the model comes with to open ones. null: masks stay as they are."""
 
+    adapter: AdapterConfig | None = None
+    """Train a low-rank adapter instead of the model. null: everything trains."""
+
     precision: Literal["float32", "bfloat16"] = "float32"
     """`bfloat16` computes under autocast; weights, gradients and optimizer stay in float32."""
 
@@ -138,6 +143,12 @@ class TrainSettings(Config):
 
     evaluate_every: int | None = Field(default=None, ge=1)
     """Steps between evaluations, beside those before the first and after the last step."""
+
+    early_stopping: EarlyStoppingConfig | None = None
+    """End before `steps` where evaluations no longer improve. null: never."""
+
+    samples: SamplesConfig | None = None
+    """Show what the model answers, at every evaluation. null: nothing is shown."""
 
     save_every: int | None = Field(default=None, ge=1)
     """Steps between checkpoints, beside the one after the last step."""
@@ -211,6 +222,27 @@ class TrainSettings(Config):
             raise ValueError(
                 f"average_last={self.average_last} needs as many checkpoints, but {self.steps} steps with "
                 f"save_every={self.save_every} give {num_saved}; lower save_every"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _evaluations_come(self) -> Self:
+        if self.early_stopping is not None and self.evaluate_every is None:
+            raise ValueError("early_stopping looks at evaluations during the run; set evaluate_every")
+        return self
+
+    @model_validator(mode="after")
+    def _adapter_fits(self) -> Self:
+        if self.adapter is None:
+            return self
+        if self.average_last is not None:
+            raise ValueError(
+                f"average_last={self.average_last} averages whole checkpoints, and those of a run with an adapter hold "
+                "the adapter alone; use ema_decay instead"
+            )
+        if self.opening is not None and not self.adapter.merge:
+            raise ValueError(
+                "opening changes the masks of the model, which an adapter does not carry; set adapter.merge=true"
             )
         return self
 

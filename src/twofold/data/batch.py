@@ -3,9 +3,9 @@
 B: rows. S: source positions. T: decoder positions.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +14,16 @@ from torch import Tensor
 
 from twofold.data.convention import IGNORE_INDEX, Example
 
-__all__ = ["IGNORE_INDEX", "Batch", "collate"]
+__all__ = ["IGNORE_INDEX", "Batch", "Texts", "collate"]
+
+
+class Texts(NamedTuple):
+    """An example as token ids, read back from a batch."""
+
+    source: list[int]
+    prefix: list[int]
+    """What the decoder is given, up to the token that predicts the first of the target."""
+    target: list[int]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,6 +76,21 @@ class Batch:
     def num_real_tokens(self) -> int:
         """Tokens on both sides that are not padding (waits for the device)."""
         return int((self.segment_ids > 0).sum() + (self.decoder_segment_ids > 0).sum())
+
+    def texts(self) -> Iterator[Texts]:
+        """The examples, row by row."""
+        for n in range(len(self.input_ids)):
+            for segment in range(1, int(self.decoder_segment_ids[n].max()) + 1):
+                source = self.input_ids[n][self.segment_ids[n] == segment]
+                yield self._texts(source, n, segment)
+
+    def _texts(self, source: Tensor, row: int, segment: int) -> Texts:
+        """The example in a segment of a decoder's row."""
+        is_own = self.decoder_segment_ids[row] == segment
+        given, labels = self.decoder_input_ids[row][is_own], self.labels[row][is_own]
+        is_scored = labels != IGNORE_INDEX
+        n_prefix = int(is_scored.int().argmax()) + 1
+        return Texts(source.tolist(), given[:n_prefix].tolist(), labels[is_scored].tolist())
 
     def to(self, device: torch.device | str) -> Self:
         """The same batch on a device."""

@@ -3,6 +3,9 @@
 Everything before the last reply is read; the reply and the token that the template closes it with are
 written. The template's start of a reply (the generation header) ends the source, as in T5Gemma, or is what
 the decoder is given, in a pair that goes on where its donor would.
+
+Where a template has no system role (Gemma 2, T5Gemma), system text begins the first user's turn, an empty line between
+them, as Gemma 3's own template has it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -47,7 +50,8 @@ def prompt_inputs(
     """
     if isinstance(messages_or_text, str):
         return split_inputs(encode(tokenizer, messages_or_text), convention)
-    source, header = _source_and_header(messages_or_text, tokenizer, convention)
+    tokenizer = _with_template(tokenizer)
+    source, header = _source_and_header(_with_system(messages_or_text, tokenizer), tokenizer, convention)
     return split_inputs(source, convention, header)
 
 
@@ -64,9 +68,10 @@ def messages_to_example(messages: Messages, tokenizer: ChatTokenizer, convention
         raise ValueError(
             f"a conversation must end with a reply of the assistant to something, got roles {roles}"
         )
+    tokenizer = _with_template(tokenizer)
+    messages = [*_with_system(messages[:-1], tokenizer), messages[-1]]
     source, header = _source_and_header(messages[:-1], tokenizer, convention)
-    reply, stop_token_id = _reply_and_stop(messages, tokenizer, convention)
-    target = encode(tokenizer, reply).tolist()
+    target, stop_token_id = _reply_and_stop(messages, tokenizer, convention)
     pair = Pair(source, _as_tokens([*target, stop_token_id]) if target else _as_tokens([]))
     return make_example(pair, convention, ends=True, header=header)
 
@@ -113,7 +118,6 @@ def _source_and_header(
     messages: Messages, tokenizer: ChatTokenizer, convention: Convention
 ) -> tuple[Tokens, Tokens]:
     """Token ids of the conversation and of the generation header after it."""
-    tokenizer = _with_template(tokenizer)
     text = _render(messages, tokenizer, with_header=False)
     text_with_header = _render(messages, tokenizer, with_header=True)
     source, source_with_header = encode(tokenizer, text), encode(tokenizer, text_with_header)
@@ -131,8 +135,23 @@ def _source_and_header(
     return source, header
 
 
-def _reply_and_stop(messages: Messages, tokenizer: ChatTokenizer, convention: Convention) -> tuple[str, int]:
-    """What the template writes for the last reply, and the id of the token it closes it with."""
+def _with_system(messages: Messages, tokenizer: ChatTokenizer) -> Messages:
+    """The same, with system text in the first user's turn where the template refuses or forgets it."""
+    if len(messages) < 2 or messages[0].get("role") != "system" or messages[1].get("role") != "user":
+        return messages
+    system, user = messages[0]["content"], messages[1]["content"]
+    try:
+        if system.strip() in _render(messages, tokenizer, with_header=True):
+            return messages
+    except ChatRefused:
+        pass  # whatever else it refuses, it refuses again without a system role
+    return [{**messages[1], "content": f"{system}\n\n{user}"}, *messages[2:]]
+
+
+def _reply_and_stop(
+    messages: Messages, tokenizer: ChatTokenizer, convention: Convention
+) -> tuple[list[int], int]:
+    """The tokens the template writes for the last reply, and the one it closes it with."""
     prompt = _render(messages[:-1], tokenizer, with_header=True)
     whole = _render(messages, tokenizer, with_header=False)
     probe = _render([*messages[:-1], {**messages[-1], "content": _PROBE}], tokenizer, with_header=False)
@@ -149,4 +168,16 @@ def _reply_and_stop(messages: Messages, tokenizer: ChatTokenizer, convention: Co
             f"the chat template closes a reply with {tail!r} (token {found}), which is not a stop token "
             f"{convention.stop_token_ids}; add it to stop_token_ids of the convention"
         )
-    return whole[len(prompt) : len(whole) - len(tail)], tail_ids[0]
+    reply = whole[len(prompt) : len(whole) - len(tail)]
+    return _tokens_between(prompt, reply, tail, tokenizer), tail_ids[0]
+
+
+def _tokens_between(prompt: str, reply: str, tail: str, tokenizer: ChatTokenizer) -> list[int]:
+    """A reply's tokens as they stand in its conversation: SentencePiece tokenizers would put a space in front of a
+    reply that stands alone. Where tokens reach over its ends, it is taken alone after all."""
+    before, after = encode(tokenizer, prompt).tolist(), encode(tokenizer, tail).tolist()
+    whole = encode(tokenizer, prompt + reply + tail).tolist()
+    end = len(whole) - len(after)
+    if whole[: len(before)] == before and len(before) <= end and whole[end:] == after:
+        return whole[len(before) : end]
+    return encode(tokenizer, reply).tolist()

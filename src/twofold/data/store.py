@@ -26,7 +26,7 @@ from twofold.data.convention import Convention
 from twofold.data.sources import BadRecord, RawRecord, Record, parse_record
 from twofold.data.tokenize import Tokenizer, encode
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MAX_BAD_EXAMPLES = 5
 
 

@@ -2,10 +2,8 @@
 
 from importlib.util import find_spec
 
+from twofold.config.adapter import ATTENTION_TARGETS
 from twofold.hf.configuration import TwofoldConfig
-
-LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "source_k_proj", "source_v_proj")
-"""All projections of self-attention, and of cross-attention or its merged form."""
 
 
 def register_lora_targets() -> None:
@@ -13,4 +11,4 @@ def register_lora_targets() -> None:
     if find_spec("peft") is not None:
         from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as targets
 
-        targets.setdefault(TwofoldConfig.model_type, list(LORA_TARGETS))
+        targets.setdefault(TwofoldConfig.model_type, list(ATTENTION_TARGETS))

@@ -63,8 +63,11 @@ class EncoderModel(nn.Module):
         config: what the pair is, or was, of which this is a part.
         tokenizer: a transformers tokenizer, or None; set by `twofold.load` and `twofold.adapt`.
         adaptation: what `twofold.adapt` did, tensor by tensor; None for a model that was loaded.
+        new_modules: names of modules that begin at random and always train, whatever else is frozen.
         history: where it comes from and what was done to it, which its card tells; None for a model made otherwise.
     """
+
+    new_modules: tuple[str, ...] = ()
 
     def __init__(self, config: EncoderDecoderConfig) -> None:
         super().__init__()

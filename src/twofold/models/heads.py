@@ -65,6 +65,8 @@ class EncoderClassifier(EncoderModel):
         dropout_rate: of the head; default: the config's `classifier_dropout_rate`.
     """
 
+    new_modules = ("score",)
+
     def __init__(self, model: EncoderDecoder, num_labels: int, *, dropout_rate: float | None = None) -> None:
         super().__init__(model.config)
         if num_labels < 1:

@@ -5,14 +5,14 @@ B: sources. S: source positions. R: answers of all sources. T: decoder positions
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from twofold.data import Batch
-from twofold.data.batch import IGNORE_INDEX
+from twofold.data.batch import IGNORE_INDEX, Texts
 from twofold.data.convention import Example
 from twofold.models import EncoderDecoder
 from twofold.train.loss import chunked_logprobs
@@ -29,6 +29,14 @@ class AnswersBatch(Batch):
     @property
     def num_answers(self) -> int:
         return len(self.source_of)
+
+    def texts(self) -> Iterator[Texts]:
+        """Of every source its first answer."""
+        before = -1
+        for row, n in enumerate(self.source_of.tolist()):
+            if n != before:
+                yield self._texts(self.input_ids[n][self.segment_ids[n] == 1], row, 1)
+            before = n
 
 
 def answer_tensors(answers: Sequence[Sequence[Example]], pad_token_id: int) -> dict[str, Tensor]:
@@ -73,12 +81,15 @@ def answer_tensors(answers: Sequence[Sequence[Example]], pad_token_id: int) -> d
     }
 
 
-def label_logprobs(model: EncoderDecoder, batch: AnswersBatch, scored: Tensor) -> Tensor:
+def label_logprobs(
+    model: EncoderDecoder, batch: AnswersBatch, scored: Tensor, *, temperature: float = 1.0
+) -> Tensor:
     """Log-probability of every scored label, float32 [N], with gradients; sources are encoded once.
 
     Args:
         batch: on the model's device.
         scored: int64 [N], see `scored_positions`.
+        temperature: what logits are divided by before the softmax.
     """
     encoded = model.encode(batch.input_ids, segment_ids=batch.segment_ids).select(batch.source_of)
     states_RTD, _, _ = model.states(
@@ -89,7 +100,12 @@ def label_logprobs(model: EncoderDecoder, batch: AnswersBatch, scored: Tensor) -
     head = model.lm_head
     labels_N = batch.labels.flatten()[scored]
     states_ND = states_RTD.flatten(0, 1)[scored]
-    return chunked_logprobs(states_ND, labels_N, head.out_proj.weight, softcap=head.softcap)
+    softcap = head.softcap
+    if temperature != 1.0:
+        # cap tanh(z / cap) / t = (cap / t) tanh((z / t) / (cap / t))
+        states_ND = states_ND / temperature
+        softcap = None if softcap is None else softcap / temperature
+    return chunked_logprobs(states_ND, labels_N, head.out_proj.weight, softcap=softcap)
 
 
 def per_answer(values_N: Tensor, batch: AnswersBatch, scored: Tensor) -> Tensor:

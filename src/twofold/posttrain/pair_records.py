@@ -65,7 +65,7 @@ def parse_pair(raw: RawRecord, source: PairSource) -> PairRecord:
         chosen, rejected = (_reply(turns[-1], raw.where) for turns in conversations)
     else:
         value = values[source.prompt_field]
-        prompt = value if isinstance(value, str) else _messages(value, source.prompt_field, raw.where)
+        prompt = value if isinstance(value, str) else read_messages(value, source.prompt_field, raw.where)
         chosen, rejected = (_reply(value, raw.where) for value in both)
     if not prompt or (isinstance(prompt, str) and not prompt.strip()):
         raise BadRecord("empty prompt", f"{raw.where}: the prompt is empty")
@@ -79,7 +79,9 @@ def parse_pair(raw: RawRecord, source: PairSource) -> PairRecord:
 
 def _conversation(value: Any, where: str) -> list[dict[str, str]]:
     """All turns; the last is a reply."""
-    turns = _transcript(value, where) if isinstance(value, str) else _messages(value, "conversation", where)
+    turns = (
+        _transcript(value, where) if isinstance(value, str) else read_messages(value, "conversation", where)
+    )
     if not turns or turns[-1]["role"] != "assistant":
         last = turns[-1]["role"] if turns else "nothing"
         raise BadRecord("no reply", f"{where}: a conversation must end with a reply, got {last}")
@@ -99,7 +101,12 @@ def _transcript(text: str, where: str) -> list[dict[str, str]]:
     ]
 
 
-def _messages(value: Any, name: str, where: str) -> list[dict[str, str]]:
+def read_messages(value: Any, name: str, where: str) -> list[dict[str, str]]:
+    """A list of messages in either form, as {"role", "content"}.
+
+    Raises:
+        BadRecord: it is none; names the column.
+    """
     if not isinstance(value, list):
         raise BadRecord(
             "wrong type",
@@ -123,7 +130,7 @@ def _message(turn: Any, where: str) -> dict[str, str]:
 def _reply(value: Any, where: str) -> str:
     if isinstance(value, str):
         return value
-    turns = _messages(value, "reply", where) if isinstance(value, list) else [_message(value, where)]
+    turns = read_messages(value, "reply", where) if isinstance(value, list) else [_message(value, where)]
     if len(turns) != 1 or turns[0]["role"] != "assistant":
         raise BadRecord(
             "no reply",

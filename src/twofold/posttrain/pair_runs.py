@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,16 +14,21 @@ from twofold.config import EncoderDecoderConfig
 from twofold.config.preferences import PairData, PairRun, PreferenceRecipe, RewardRecipe
 from twofold.data import BuildProgress, Convention
 from twofold.models import EncoderDecoder, EncoderModel
+from twofold.posttrain.build import Made, build_on_ranks
 from twofold.posttrain.pairs import Collate, PairLoader, Pairs, open_pairs, pair_reader
 from twofold.posttrain.preferences import PreferenceObjective, Reference, collate_pairs
-from twofold.posttrain.reference import ReferenceFile, ReferenceModel, compute_reference, read_reference
+from twofold.posttrain.reference import (
+    AdapterOff,
+    ReferenceFile,
+    ReferenceModel,
+    compute_reference,
+    read_reference,
+)
 from twofold.posttrain.reward import RewardModel, RewardObjective, collate_texts, load_reward_model
 from twofold.train.callbacks import Callback, TrainResult
 from twofold.train.loop import fit
-from twofold.train.run import RunFiles, build_model, check_lengths, find_checked_start
+from twofold.train.run import RunFiles, build_model, check_lengths, find_checked_start, weights_of
 from twofold.train.world import World, start_world
-
-Made = TypeVar("Made", bound=EncoderModel)
 
 
 def train_preferences(
@@ -41,7 +46,7 @@ def train_preferences(
             recipe,
             world,
             callbacks,
-            make=lambda: build_model(recipe.model, checkpoint),
+            make=lambda: build_model(recipe.model, weights_of(recipe, checkpoint)),
             make_empty=EncoderDecoder,
             check=lambda config: check_lengths(data.source_length, data.target_length, config),
         )
@@ -50,8 +55,10 @@ def train_preferences(
         reference: Reference | None = None
         watchers = list(callbacks)
         if recipe.preference.kind != "orpo" and recipe.preference.reference == "model":
-            frozen = build_model(recipe.model)
-            reference = ReferenceModel(frozen, recipe.precision, world.device)
+            if recipe.adapter is None:
+                reference = ReferenceModel(build_model(recipe.model), recipe.precision, world.device)
+            else:
+                reference = AdapterOff(model, recipe.precision)
         elif recipe.preference.kind != "orpo":
             known, name = _precomputed(
                 recipe, world, model, loaders, output, is_resumed=checkpoint is not None
@@ -76,8 +83,9 @@ def train_reward(
         checkpoint = world.from_main(lambda: find_checked_start(recipe, output, resume=resume))
 
         def make() -> RewardModel:
-            if checkpoint is not None:
-                return load_reward_model(checkpoint, dtype=torch.float32)
+            weights = weights_of(recipe, checkpoint)
+            if weights is not None:
+                return load_reward_model(weights, dtype=torch.float32)
             return RewardModel.of_pair(build_model(recipe.model), recipe.seed)
 
         model, pairs = _build(
@@ -102,18 +110,13 @@ def _build(
     make_empty: Callable[[EncoderDecoderConfig], Made],
     check: Callable[[EncoderDecoderConfig], None],
 ) -> tuple[Made, Pairs]:
-    """Model and pairs of one rank. Rank 0 alone reads weights, and comes first; the others' model is on the meta
-    device."""
+    """Model and pairs of one rank, see `build_on_ranks`."""
 
     def tell_progress(progress: BuildProgress) -> None:
         for callback in callbacks:
             callback.on_tokenise(progress)
 
     def read(model: Made) -> Pairs:
-        if model.tokenizer is None:
-            raise ValueError(
-                "the model has no tokenizer, so text cannot be read; put tokenizer files into its folder"
-            )
         check(model.config)
         convention = Convention.of(model.config)
         progress = tell_progress if world.is_main else None
@@ -123,22 +126,12 @@ def _build(
             callback.on_data(pairs.report)
         return pairs
 
-    built: list[tuple[Made, Pairs]] = []
-
-    def build_first() -> tuple[EncoderDecoderConfig, Any]:
+    def make_checked() -> Made:
         for source in (*recipe.data.sources, *recipe.data.held_out):
             pair_reader(source)  # finds missing files before the model is loaded
-        model = make()
-        built.append((model, read(model)))
-        return model.config, model.tokenizer
+        return make()
 
-    config, tokenizer = world.from_main(build_first)
-    if not world.is_main:
-        with torch.device("meta"):
-            model = make_empty(config)
-        model.tokenizer = tokenizer
-        built.append((model.eval(), read(model)))
-    return built[0]
+    return build_on_ranks(world, make=make_checked, make_empty=make_empty, read=read)
 
 
 def _loaders(

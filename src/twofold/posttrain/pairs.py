@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from twofold.config.data import SourceConfig
+from twofold.config.grpo import PromptData
 from twofold.config.history import Reading, SourceUse, source_use
 from twofold.config.preferences import PairData, PairSource
 from twofold.data import Batch, BuildProgress, Convention, Example, SourceReader
@@ -108,7 +109,7 @@ def open_pairs(
     held_out = [pair for part in held_parts for pair in part.pairs]
     if data.held_out_fraction:
         for part in train_parts:
-            chosen = [_is_held_out(pair, data) for pair in part.pairs]
+            chosen = [is_held_out(pair.chosen.source.tobytes(), data) for pair in part.pairs]
             part.held_out = [pair for pair, is_held in zip(part.pairs, chosen, strict=True) if is_held]
             part.pairs = [pair for pair, is_held in zip(part.pairs, chosen, strict=True) if not is_held]
             held_out += part.held_out
@@ -267,9 +268,9 @@ def _fitted(pair: Pair, data: PairData, convention: Convention) -> Pair | None:
     return pair._replace(chosen=cut(pair.chosen, *limits), rejected=cut(pair.rejected, *limits))
 
 
-def _is_held_out(pair: Pair, data: PairData) -> bool:
+def is_held_out(prompt: bytes, data: PairData | PromptData) -> bool:
     """By the prompt's tokens and the seed alone."""
-    key = hashlib.blake2b(pair.chosen.source.tobytes(), key=str(data.seed).encode(), digest_size=8).digest()
+    key = hashlib.blake2b(prompt, key=str(data.seed).encode(), digest_size=8).digest()
     return int.from_bytes(key, "little") / 2**64 < data.held_out_fraction
 
 

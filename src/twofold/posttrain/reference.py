@@ -16,6 +16,7 @@ from torch import Tensor
 from twofold.models import EncoderDecoder
 from twofold.posttrain.pairs import PairLoader
 from twofold.posttrain.preferences import PairBatch, reply_logprobs
+from twofold.train.adapters import adapter_off
 from twofold.train.callbacks import Callback, RunStart
 from twofold.train.step import Precision, scored_positions
 from twofold.train.world import World
@@ -35,6 +36,19 @@ class ReferenceModel:
     def __call__(self, batch: PairBatch, scored: Tensor) -> Tensor:
         """See `preferences.Reference`."""
         return reply_logprobs(self._model, batch, scored, self._precision)
+
+
+class AdapterOff:
+    """The model that trains, without its adapter: the one from before the first step, at no memory."""
+
+    def __init__(self, model: EncoderDecoder, precision: Precision) -> None:
+        self._model, self._precision = model, precision
+
+    @torch.no_grad()
+    def __call__(self, batch: PairBatch, scored: Tensor) -> Tensor:
+        """See `preferences.Reference`."""
+        with adapter_off(self._model):
+            return reply_logprobs(self._model, batch, scored, self._precision)
 
 
 @torch.no_grad()

@@ -43,6 +43,8 @@ class RewardModel(EncoderModel):
     replies to a prompt have in common is not learned.
     """
 
+    new_modules = ("head",)
+
     def __init__(self, model: EncoderDecoder) -> None:
         """`model`: its encoder is used, and trained with the head; the decoder is not kept."""
         super().__init__(model.config)

@@ -13,6 +13,7 @@ STAGES = {
     "pretrain": ("twofold.config.recipe:Recipe", "twofold.train.run:train"),
     "sft": ("twofold.config.recipe:Recipe", "twofold.train.run:train"),
     "dpo": ("twofold.config.preferences:PreferenceRecipe", "twofold.posttrain.pair_runs:train_preferences"),
+    "grpo": ("twofold.config.grpo:PolicyRecipe", "twofold.posttrain.grpo_runs:train_policy"),
     "reward": ("twofold.config.preferences:RewardRecipe", "twofold.posttrain.pair_runs:train_reward"),
 }
 """A subclass of `Run`, and a function with the arguments of `twofold.train.train`; imported when they are needed."""

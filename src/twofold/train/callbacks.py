@@ -6,6 +6,7 @@ from pathlib import Path
 
 from twofold.data import BuildProgress
 from twofold.train.evaluate import Evaluation
+from twofold.train.samples import Sample
 from twofold.train.step import StepResult
 
 
@@ -41,9 +42,11 @@ class TrainResult:
     seconds: float
     """Of this process's part of the run."""
     model_path: Path | None
-    """The final model; None unless finished."""
+    """The model to go on with: the final one, or with early stopping the best; None unless finished."""
     checkpoint: Path
     """The last training checkpoint."""
+    best_step: int | None = None
+    """With early stopping: the steps of the best evaluation."""
 
 
 class Callback:
@@ -66,6 +69,9 @@ class Callback:
 
     def on_average_evaluation(self, step: int, evaluation: Evaluation) -> None:
         """The same for the moving average of the weights, with `ema_decay`; comes after that of the weights."""
+
+    def on_samples(self, step: int, samples: Sequence[Sample]) -> None:
+        """Held-out prompts and their answers after `step` steps, on rank 0; comes after the evaluation."""
 
     def on_checkpoint(self, step: int, path: Path) -> None:
         """A checkpoint is complete."""

@@ -9,6 +9,9 @@ output/checkpoints/step-000100/
     trainer.json                                       step, loader, losses, settings
 ```
 
+Of a model with an adapter only what trains is in the shards; the rest is where the run began, and `twofold.load` does
+not read such a checkpoint.
+
 Tensors are PyTorch's distributed checkpoints in safetensors form: each rank writes the rows it holds into a file of its
 own, and any number of ranks reads what it needs of them, one process included.
 """
@@ -35,7 +38,8 @@ from twofold.checkpoint.save import CheckpointWriter
 from twofold.checkpoint.shards import ShardsSource
 from twofold.checkpoint.tensors import TensorSource, read_json
 from twofold.models import EncoderModel
-from twofold.train.parallel import on_host, whole
+from twofold.train.adapters import has_adapter, plain_parameters
+from twofold.train.parallel import on_host
 from twofold.train.world import World
 
 _FORMAT = 2
@@ -73,6 +77,8 @@ class TrainerState:
     first_masks: dict[str, Any] | None = None
     """Masks of the encoder before the first step, see `train.opening.Masks`; None where nothing is opened."""
 
+    best: dict[str, Any] | None = None
+    """The best evaluation, see `train.stopping.Best`; None where the run does not look for one."""
     reports: dict[str, dict[str, float]] = field(default_factory=dict)
     """What the objective said last, loss included, by `train`, `held_out` and `held_out_average`."""
 
@@ -122,7 +128,8 @@ class CheckpointSaver:
         partial = target.with_name(f".{target.name}.partial")
         state.parameter_steps = _parameter_steps(optimizer, parameters)
         self._world.from_main(lambda: _begin(partial, model, state))
-        weights = {name: on_host(p, self._world) for name, p in model.named_parameters()}
+        kept = parameters_kept(model, parameters)
+        weights = {name: on_host(p, self._world) for name, p in kept.items()}
         moments = {name: on_host(t, self._world) for name, t in _moments(optimizer, parameters).items()}
         parts = {"": weights, "optimizer": moments}
         if averages is not None:
@@ -197,17 +204,27 @@ class CheckpointSaver:
 _PATIENCE_S = 5.0
 
 
+def parameters_kept(model: EncoderModel, parameters: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+    """What a run has to remember of its weights: all of them, or with an adapter those that train.
+
+    Args:
+        parameters: those of the optimizer, by name.
+    """
+    return dict(parameters) if has_adapter(model) else dict(model.named_parameters())
+
+
 def _begin(partial: Path, model: EncoderModel, state: TrainerState) -> None:
     """All that is not sharded."""
     try:
         shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
         (partial / "optimizer").mkdir(parents=True)
-        config = model.config.model_dump(mode="json") | {"architectures": [type(model).__name__]}
-        (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         if model.history is not None:
             write_card(partial, model.history, model.config, architecture=type(model).__name__)
-        if model.tokenizer is not None:
-            model.tokenizer.save_pretrained(partial)
+        if not has_adapter(model):
+            config = model.config.model_dump(mode="json") | {"architectures": [type(model).__name__]}
+            (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+            if model.tokenizer is not None:
+                model.tokenizer.save_pretrained(partial)
         with (partial / "trainer.json").open("w", encoding="utf-8") as file:
             json.dump({"format": _FORMAT, **asdict(state)}, file)
             file.flush()
@@ -269,13 +286,13 @@ def _sync_folder(folder: Path) -> None:
 
 
 def save_model(model: EncoderModel, path: Path, world: World) -> None:
-    """The model as a folder that `twofold.load` reads, or the loader of its class; sharded tensors are gathered one by
-    one.
+    """The model as a folder that `twofold.load` reads, or the loader of its class; an adapter is added to its weights.
+    Sharded tensors are gathered one by one.
 
     All ranks call it, rank 0 writes. What is at `path` is replaced once the new one is complete.
     """
-    parameters = list(model.named_parameters())
-    tensors = ((name, whole(p.detach())) for name, p in parameters)
+    parameters = plain_parameters(model)
+    tensors = ((name, plain.tensor()) for name, plain in parameters.items())
     if not world.is_main:
         for _ in tensors:
             pass
@@ -283,7 +300,8 @@ def save_model(model: EncoderModel, path: Path, world: World) -> None:
     with CheckpointWriter(path, overwrite=True) as writer:
         writer.write_config(model.config, type(model).__name__)
         writer.write_card(model.history, model.config, type(model).__name__)
-        writer.write_tensors([(name, tuple(p.shape), p.dtype) for name, p in parameters], tensors)
+        planned = [(name, tuple(p.parameter.shape), p.parameter.dtype) for name, p in parameters.items()]
+        writer.write_tensors(planned, tensors)
         if model.tokenizer is not None:
             model.tokenizer.save_pretrained(writer.folder)
 
@@ -302,7 +320,7 @@ def restore_checkpoint(
     Raises:
         ValueError: the checkpoint is of another model, or of other trained parameters.
     """
-    weights = {name: p.detach() for name, p in model.named_parameters()}
+    weights = {name: p.detach() for name, p in parameters_kept(model, parameters).items()}
     moments: dict[str, Tensor] = {}
     for name, steps in state.parameter_steps.items():
         if name not in parameters:

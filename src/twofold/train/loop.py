@@ -5,16 +5,17 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
 
 from twofold.config.history import History
-from twofold.config.recipe import TrainSettings
+from twofold.config.recipe import Run, TrainSettings
 from twofold.data import Batch
 from twofold.models import EncoderModel
+from twofold.train.adapters import add_adapter, has_adapter, save_adapter
 from twofold.train.averaging import AverageWeights, average_checkpoints
 from twofold.train.blocks import checkpoint_activations, compile_blocks, restore_blocks
 from twofold.train.callbacks import Callback, RunStart, TrainResult
@@ -24,6 +25,7 @@ from twofold.train.checkpointing import (
     changed_settings,
     last_checkpoints,
     latest_checkpoint,
+    parameters_kept,
     read_state,
     restore_checkpoint,
     save_model,
@@ -33,10 +35,12 @@ from twofold.train.opening import Masks, Opening
 from twofold.train.optimizer import cross_attention_names, new_optimizer, set_phase, trainable_parameters
 from twofold.train.parallel import shard
 from twofold.train.phase import history_before, training_phase
+from twofold.train.samples import Sampler
 from twofold.train.schedule import learning_rate_factor
 from twofold.train.signals import StopRequest, stop_on_signals
 from twofold.train.step import LossModule, Objective, Precision, train_step
-from twofold.train.trackers import LossPlot, MetricsFile, TensorBoardScalars
+from twofold.train.stopping import Best, check_stopping, judge, metric_of
+from twofold.train.trackers import LossPlot, MetricsFile, SamplesFile, TensorBoardScalars
 from twofold.train.world import OtherRankError, World, is_lost_rank, start_world
 
 FREE_TO_CHANGE = frozenset(
@@ -45,6 +49,7 @@ FREE_TO_CHANGE = frozenset(
         "evaluate_every",
         "save_every",
         "log_every",
+        "samples",
         "keep_checkpoints",
         "average_last",
         "output",
@@ -100,9 +105,9 @@ def fit(
 ) -> TrainResult:
     """Train a model that is in memory.
 
-    Writes into `output`: metrics.jsonl, loss.png, tensorboard/, checkpoints/, and at the end model/, with model-ema/
-    and model-average/ where the settings ask for them. The first SIGTERM or SIGINT, on any rank, lets the current
-    step end, saves a checkpoint and returns.
+    Writes into `output`: metrics.jsonl, loss.png, tensorboard/, checkpoints/, and at the end model/, with model-ema/,
+    model-average/, model-best/ and samples.jsonl where the settings ask for them; with an adapter also adapter/ and
+    adapter-ema/. The first SIGTERM or SIGINT, on any rank, lets the current step end, saves a checkpoint and returns.
 
     Args:
         model: float32; trained in place, on the device of the settings, and left there in eval mode.
@@ -114,7 +119,8 @@ def fit(
         output: a folder that does not exist or is empty, unless `resume`. Every rank sees the same folder.
         callbacks: watchers, called on the rank they are given to; checkpoints are announced on rank 0.
         resume: go on from the newest checkpoint in `output`, as the run that never stopped: bit for bit on
-            the CPU with the same number of ranks. Where `output` does not exist, the run begins.
+            the CPU with the same number of ranks. Where `output` does not exist, the run begins. With an adapter,
+            `model` must be the one the run began with: checkpoints do not hold it.
         world: the processes of the run, where the caller has started it. None: `start_world`.
         objective: makes what a step minimises, of the model and the settings' precision. Default: the likelihood of
             the labels; `functools.partial(LossModule, teacher=...)`: what a teacher says. Other models than an
@@ -138,6 +144,8 @@ def fit(
         checkpoint = world.from_main(lambda: find_start(output, resume=resume))
         state = new_state(settings, checkpoint)
         before = history_before(model, checkpoint)
+        if settings.adapter is not None:
+            add_adapter(model, settings.adapter, seed=settings.seed, base=_base_of(settings))
         module = objective(model, settings.precision)
         trainer = Trainer(
             module, train_loader, held_out_loader, settings, output, state, callbacks, world, before
@@ -176,6 +184,12 @@ def find_start(output: Path, *, resume: bool) -> Path | None:
             "start anew"
         )
     return checkpoint
+
+
+def _base_of(settings: TrainSettings) -> str | None:
+    """The model's checkpoint, where a recipe names one."""
+    path = settings.model.path if isinstance(settings, Run) else None
+    return str(Path(path).resolve()) if path is not None and Path(path).exists() else path
 
 
 def new_state(settings: TrainSettings, checkpoint: Path | None) -> TrainerState:
@@ -227,6 +241,13 @@ class Trainer:
         world.check_batches(settings.accumulate_batches)
         model = module.model
         trainable_parameters(model)  # before the model is touched
+        if settings.early_stopping is not None:
+            told = ["loss", *module.reported(dict.fromkeys(module.metric_names, 0.0))]
+            check_stopping(settings.early_stopping, told, has_held_out=held_out_loader is not None)
+        self._sampler: Sampler | None = None
+        if settings.samples is not None:
+            held_out = () if held_out_loader is None else held_out_loader.one_pass()
+            self._sampler = Sampler(model, held_out, settings.samples, world)
         self._world = world
         self.module = module
         self.model = model if world.size > 1 else model.to(world.device)
@@ -249,7 +270,7 @@ class Trainer:
             self._opening = Opening(settings.opening, first, settings.seed)
         self.average: AverageWeights | None = None
         if settings.ema_decay is not None:
-            self.average = AverageWeights(dict(model.named_parameters()), settings.ema_decay)
+            self.average = AverageWeights(parameters_kept(model, self.parameters), settings.ema_decay)
         self._train_loader = train_loader
         self._held_out_loader = held_out_loader
         self._settings = settings
@@ -263,6 +284,8 @@ class Trainer:
                 MetricsFile(output / "metrics.jsonl", settings.log_every),
                 LossPlot(output / "loss.png"),
             ]
+            if settings.samples is not None:
+                self.callbacks.append(SamplesFile(output / "samples.jsonl"))
             if settings.tensorboard:
                 self.callbacks.append(TensorBoardScalars(output / "tensorboard", settings.log_every))
         self.callbacks += callbacks
@@ -299,7 +322,7 @@ class Trainer:
         self._set_masks()
         self._announce()
         while True:
-            is_last = self._state.step == self._settings.steps
+            is_last = self._state.step == self._settings.steps or self._is_out_of_patience
             is_stopping, has_failed, is_writing = self._world.any(
                 stop.is_made, self._saver.has_failed, self._saver.is_writing
             )
@@ -307,6 +330,7 @@ class Trainer:
                 self._await_save()
             if not is_stopping and self._is_evaluation_due(is_last):
                 self._evaluate()
+                is_last = is_last or self._is_out_of_patience
             is_save_due = is_last or is_stopping or self._is_due(self._settings.save_every)
             if is_save_due and saved_step != self._state.step:
                 checkpoint, saved_step = self._save(), self._state.step
@@ -320,7 +344,7 @@ class Trainer:
         )
 
     def _step(self) -> None:
-        settings, step = self._settings, self._state.step + 1
+        settings, step, started = self._settings, self._state.step + 1, time.perf_counter()
         is_warmup = step <= settings.cross_attention_warmup_steps
         set_phase(self.parameters, self._cross_attention if is_warmup else self._everything)
         self.module.train()
@@ -340,6 +364,8 @@ class Trainer:
         )
         if self.average is not None:
             self.average.update()
+        # With what came before the update: waiting for data, or writing it.
+        result = replace(result, seconds=time.perf_counter() - started)
         self._state.step = step
         self._set_masks()
         self._state.losses.append(result.loss)
@@ -360,20 +386,40 @@ class Trainer:
         self._state.reports["held_out"] = {"loss": evaluation.loss, **evaluation.metrics}
         for callback in self.callbacks:
             callback.on_evaluation(self._state.step, evaluation)
-        if self.average is None:
+        self._judge(evaluation)
+        if self.average is not None:
+            with self.average.swapped():
+                evaluation = evaluate(self.module, self._held_out_loader.one_pass(), self._world)
+            self._state.reports["held_out_average"] = {"loss": evaluation.loss, **evaluation.metrics}
+            for callback in self.callbacks:
+                callback.on_average_evaluation(self._state.step, evaluation)
+        if self._sampler is not None:
+            samples = self._sampler.answer()
+            for callback in self.callbacks if self._world.is_main else ():
+                callback.on_samples(self._state.step, samples)
+
+    def _judge(self, evaluation: Evaluation) -> None:
+        """Keep the weights where no evaluation was better."""
+        config, step = self._settings.early_stopping, self._state.step
+        if config is None:
             return
-        with self.average.swapped():
-            evaluation = evaluate(self.module, self._held_out_loader.one_pass(), self._world)
-        self._state.reports["held_out_average"] = {"loss": evaluation.loss, **evaluation.metrics}
-        for callback in self.callbacks:
-            callback.on_average_evaluation(self._state.step, evaluation)
+        best = judge(self._best, config, step, metric_of(evaluation, config.metric))
+        self._state.best = asdict(best)
+        if best.step == step:
+            self._write("-best")
+
+    @property
+    def _best(self) -> Best | None:
+        return None if self._state.best is None else Best(**self._state.best)
+
+    @property
+    def _is_out_of_patience(self) -> bool:
+        config, best = self._settings.early_stopping, self._best
+        return config is not None and best is not None and best.num_since >= config.patience
 
     def _save(self) -> Path:
         """Begin a checkpoint; it is complete after `_await_save`."""
         self._await_save()
-        parts = self._world.gather(self._train_loader.state_dict())
-        streams = {name: stream for part in parts for name, stream in part["streams"].items()}
-        self._state.loader = {**parts[0], "streams": streams}
         averages = None if self.average is None else self.average.tensors
         self._write_history("last")
         return self._saver.start(self.model, self.optimizer, self.parameters, self._state, averages)
@@ -387,11 +433,10 @@ class Trainer:
     def _finish(self, checkpoint: Path, seconds: float, *, is_finished: bool) -> TrainResult:
         model_path = None
         if is_finished:
-            model_path = self._output / "model"  # an older one is this run's own, from before `steps` grew
-            self._write_history("last")
-            save_model(self.model, model_path, self._world)
+            model_path = self._write("")
+            if self._best is not None:
+                model_path = model_path.with_name(f"{model_path.name}-best")
             self._save_averages()
-            self._write_history("last")
         result = TrainResult(
             output=self._output,
             step=self._state.step,
@@ -402,17 +447,35 @@ class Trainer:
             seconds=seconds,
             model_path=model_path,
             checkpoint=checkpoint,
+            best_step=None if self._best is None else self._best.step,
         )
         for callback in self.callbacks:
             callback.on_end(result)
         return result
 
+    def _write(self, suffix: str) -> Path:
+        """The weights of now as adapter<suffix>/ and model<suffix>/; older ones are this run's own, from before `steps`
+        grew.
+
+        Returns:
+            The model's folder, or the adapter's where it is not merged.
+        """
+        path = self._output / f"model{suffix}"
+        self._write_history("moving average" if suffix == "-ema" else "last")
+        if has_adapter(self.model):
+            adapter_path = self._output / f"adapter{suffix}"
+            save_adapter(self.model, adapter_path, self._world)
+            if self._settings.adapter is not None and not self._settings.adapter.merge:
+                return adapter_path
+        save_model(self.model, path, self._world)
+        return path
+
     def _save_averages(self) -> None:
         """The moving average, and the mean of the last checkpoints, as models beside the last weights."""
         if self.average is not None:
-            self._write_history("moving average")
             with self.average.swapped():
-                save_model(self.model, self._output / "model-ema", self._world)
+                self._write("-ema")
+            self._write_history("last")
         n_last = self._settings.average_last
         if n_last is not None:
             # The others wait, so that the run is over when it returns anywhere.
@@ -423,7 +486,10 @@ class Trainer:
             )
 
     def _write_history(self, weights: Literal["last", "moving average"]) -> None:
-        """Into the model, which is saved with it. Rank 0 alone writes."""
+        """What was done so far, into the state and, on rank 0, which alone writes, into the model. On all ranks."""
+        parts = self._world.gather(self._train_loader.state_dict())
+        streams = {name: stream for part in parts for name, stream in part["streams"].items()}
+        self._state.loader = {**parts[0], "streams": streams}
         if self._world.is_main:
             phase = training_phase(
                 self._state,

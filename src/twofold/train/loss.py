@@ -130,7 +130,7 @@ def chunked_loss(
     _check_shapes(states_ND, labels_N, weight_VD)
     if not 0.0 <= teacher_share <= 1.0:
         raise ValueError(f"teacher_share must lie between 0 and 1, got {teacher_share}")
-    dtype, device = _product_dtype(states_ND), states_ND.device.type
+    dtype, device = product_dtype(states_ND), states_ND.device.type
     n_rows = max(chunk_bytes // (4 * weight_VD.shape[0]), 1)
     with torch.autocast(device, enabled=False):
         loss: Tensor = _ChunkedLoss.apply(
@@ -163,14 +163,14 @@ class _ChunkedLoss(torch.autograd.Function):
             rows = slice(start, start + n_rows)
             states = states_ND[rows].to(dtype)
             loss, slope = _loss_and_slope(
-                states, weight, labels_N[rows], softcap, _rows_of(teacher, rows), teacher_share
+                states, weight, labels_N[rows], softcap, rows_of(teacher, rows), teacher_share
             )
             total += loss
             slope = slope.to(dtype)
             if states_grad is not None:
                 states_grad[rows] = slope @ weight
             if weight_grad is not None:
-                _add_product(weight_grad, slope.t(), states)
+                add_product(weight_grad, slope.t(), states)
         ctx.save_for_backward(states_grad, None if weight_grad is None else weight_grad.to(weight_VD.dtype))
         return total
 
@@ -199,7 +199,7 @@ def chunked_logprobs(
         float32 [N].
     """
     _check_shapes(states_ND, labels_N, weight_VD)
-    dtype, device = _product_dtype(states_ND), states_ND.device.type
+    dtype, device = product_dtype(states_ND), states_ND.device.type
     n_rows = max(chunk_bytes // (4 * weight_VD.shape[0]), 1)
     with torch.autocast(device, enabled=False):
         logprobs: Tensor = _ChunkedLogprobs.apply(states_ND, weight_VD, labels_N, softcap, n_rows, dtype)  # type: ignore[no-untyped-call]
@@ -225,7 +225,7 @@ class _ChunkedLogprobs(torch.autograd.Function):
         found = torch.empty(len(labels_N), dtype=torch.float32, device=states_ND.device)
         for start in range(0, len(labels_N), n_rows):
             rows = slice(start, start + n_rows)
-            logits = _capped(states_ND[rows].to(dtype), weight, softcap)
+            logits = capped_logits(states_ND[rows].to(dtype), weight, softcap)
             of_label = logits.gather(1, labels_N[rows, None])[:, 0]
             found[rows] = of_label - logits.logsumexp(dim=1)
         return found
@@ -241,7 +241,7 @@ class _ChunkedLogprobs(torch.autograd.Function):
         for start in range(0, len(labels_N), ctx.n_rows):
             rows = slice(start, start + ctx.n_rows)
             states = states_ND[rows].to(ctx.dtype)
-            logits = _capped(states, weight, ctx.softcap)
+            logits = capped_logits(states, weight, ctx.softcap)
             # d log-probability / d capped logit = one-hot(label) - softmax
             slope = logits.softmax(dim=1).neg_()
             slope.scatter_add_(1, labels_N[rows, None], torch.ones_like(slope[:, :1]))
@@ -252,7 +252,7 @@ class _ChunkedLogprobs(torch.autograd.Function):
             if states_grad is not None:
                 states_grad[rows] = slope @ weight
             if weight_grad is not None:
-                _add_product(weight_grad, slope.t(), states)
+                add_product(weight_grad, slope.t(), states)
         if weight_grad is not None:
             weight_grad = weight_grad.to(weight_VD.dtype)
         return states_grad, weight_grad, None, None, None, None
@@ -266,13 +266,13 @@ def _check_shapes(states_ND: Tensor, labels_N: Tensor, weight_VD: Tensor) -> Non
         )
 
 
-def _product_dtype(states_ND: Tensor) -> torch.dtype:
+def product_dtype(states_ND: Tensor) -> torch.dtype:
     """Of matrix products: autocast's where it is on."""
     device = states_ND.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else states_ND.dtype
 
 
-def _capped(states: Tensor, weight: Tensor, softcap: float | None) -> Tensor:
+def capped_logits(states: Tensor, weight: Tensor, softcap: float | None) -> Tensor:
     """float32 logits of a chunk, after the soft-cap."""
     logits = (states @ weight.t()).float()
     if softcap is not None:
@@ -289,7 +289,7 @@ def _loss_and_slope(
     teacher_share: float,
 ) -> tuple[Tensor, Tensor]:
     """The summed loss of a chunk, and its derivative with respect to the logits before the soft-cap."""
-    logits = _capped(states, weight, softcap)
+    logits = capped_logits(states, weight, softcap)
     label_share: Tensor | float = 1.0
     expected = torch.zeros((), device=logits.device)  # sum over positions and tokens of q * logit
     if isinstance(teacher, SparseTeacher):
@@ -297,7 +297,7 @@ def _loss_and_slope(
         label_share = 1.0 - shares.sum(dim=1)
         expected = (logits.gather(1, teacher.ids_NK) * shares).sum()
     elif teacher is not None:
-        shares_NV = _distribution(teacher) * teacher_share
+        shares_NV = teacher_logits(teacher).softmax(dim=1) * teacher_share
         shares_NV *= teacher.speaks_N[:, None]
         label_share = 1.0 - teacher_share * teacher.speaks_N
         # A teacher's vocabulary may end before the student's, to which sentinels were added.
@@ -319,13 +319,13 @@ def _loss_and_slope(
     return loss, slope
 
 
-def _distribution(teacher: TeacherHead) -> Tensor:
-    """float32 [N, V]."""
-    weight = teacher.weight_VE.to(teacher.states_NE.dtype)
-    return _capped(teacher.states_NE, weight, teacher.softcap).softmax(dim=1)
+def teacher_logits(teacher: TeacherHead) -> Tensor:
+    """float32 [N, V], after the soft-cap."""
+    return capped_logits(teacher.states_NE, teacher.weight_VE.to(teacher.states_NE.dtype), teacher.softcap)
 
 
-def _rows_of(teacher: Teacher | None, rows: slice) -> Teacher | None:
+def rows_of(teacher: Teacher | None, rows: slice) -> Teacher | None:
+    """What it says at some of the positions."""
     if isinstance(teacher, SparseTeacher):
         return SparseTeacher(teacher.ids_NK[rows], teacher.shares_NK[rows])
     if teacher is not None:
@@ -335,7 +335,7 @@ def _rows_of(teacher: Teacher | None, rows: slice) -> Teacher | None:
     return None
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     """total += a @ b, with the sum over chunks in float32."""
     if a.dtype == total.dtype:
         total.addmm_(a, b)

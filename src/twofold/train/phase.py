@@ -6,9 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
-from twofold.checkpoint import resolve
-from twofold.checkpoint.card import read_history, versions
-from twofold.checkpoint.resolve import HISTORY_FILE
+from twofold.checkpoint.card import stored_history, versions
 from twofold.config.history import History, Reading, Training, public_settings, source_use
 from twofold.models import EncoderModel
 from twofold.train.checkpointing import TrainerState
@@ -33,9 +31,9 @@ def history_before(model: EncoderModel, checkpoint: Path | None) -> History:
     Args:
         checkpoint: of this run, where it is resumed; its last phase is the run itself.
     """
-    if checkpoint is not None and (checkpoint / HISTORY_FILE).is_file():
-        history = read_history(resolve(checkpoint))
-        return history.model_copy(update={"phases": history.phases[:-1]})
+    stored = None if checkpoint is None else stored_history(checkpoint)
+    if stored is not None:
+        return stored.model_copy(update={"phases": stored.phases[:-1]})
     return History(origin=None) if model.history is None else model.history
 
 

@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from twofold.data import BuildProgress
 from twofold.train.callbacks import Callback, RunStart, TrainResult
 from twofold.train.evaluate import Evaluation
+from twofold.train.samples import Sample
 from twofold.train.step import StepResult
 
 _SECONDS_BETWEEN_PROGRESS = 5.0
@@ -56,6 +57,12 @@ class Smoothed:
 
 def _named(metrics: Mapping[str, float]) -> str:
     return "".join(f", {name.replace('_', ' ')} {value:.3g}" for name, value in metrics.items())
+
+
+def shorten(text: str, length: int) -> str:
+    """On one line, its end where it is too long: that is where a prompt comes to its point."""
+    line = " ".join(text.split())
+    return line if len(line) <= length else f"...{line[-length:]}"
 
 
 def duration(seconds: float) -> str:
@@ -109,7 +116,13 @@ class _Watcher(Callback):
     def on_average_evaluation(self, step: int, evaluation: Evaluation) -> None:
         self._say(f"step {step}: held-out loss of the average weights {evaluation.loss:.4f}")
 
+    def on_samples(self, step: int, samples: Sequence[Sample]) -> None:
+        for sample in samples[:1]:
+            self._say(f"step {step}: {shorten(sample.prompt, 100)} -> {shorten(sample.answer, 200)}")
+
     def on_end(self, result: TrainResult) -> None:
+        if result.best_step is not None:
+            self._say(f"the best evaluation was after step {result.best_step}")
         self._say(
             f"{result.tokens:,} tokens in {result.step} steps; this part took {duration(result.seconds)}"
         )

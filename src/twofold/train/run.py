@@ -119,8 +119,14 @@ def build_parts(
     def build_first() -> tuple[EncoderDecoderConfig, Any]:
         for source in (*recipe.data.sources, *recipe.data.held_out):
             SourceReader(source)  # finds missing files before the model is loaded
-        parts.append(build(build_model(recipe.model, checkpoint)))
-        model = parts[0][0]
+        model = build_model(recipe.model, weights_of(recipe, checkpoint))
+        size = model.config.decoder.vocab_size
+        parts.append(build(model))
+        if recipe.adapter is not None and model.config.decoder.vocab_size != size:
+            raise ValueError(
+                f"the objective adds {model.config.decoder.vocab_size - size} sentinels to the vocabulary, whose "
+                "embeddings an adapter would leave untrained; train the whole model, or start from one that has them"
+            )
         return model.config, model.tokenizer
 
     config, tokenizer = world.from_main(build_first)
@@ -152,6 +158,12 @@ def build_distillation(recipe: Recipe, student: EncoderDecoder, device: torch.de
         precision=recipe.precision,
         device=device,
     )
+
+
+def weights_of(recipe: Run, checkpoint: Path | None) -> Path | None:
+    """The checkpoint to build a resumed run's model from; None where that has an adapter alone and the model is built
+    as for a new run."""
+    return checkpoint if recipe.adapter is None else None
 
 
 def build_model(config: ModelConfig, checkpoint: Path | None = None) -> EncoderDecoder:

@@ -45,6 +45,7 @@ class StepResult:
     """Global L2 norm before clipping."""
     learning_rate: float
     seconds: float
+    """Of the update; in a run also of what it waited for, its batches above all."""
     metrics: dict[str, float] = field(default_factory=dict)
     """What the objective says besides, see `Objective.reported`."""
 

@@ -4,27 +4,23 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from textwrap import indent
 from typing import Any, TextIO
 
 from twofold.train.callbacks import Callback, RunStart, TrainResult
 from twofold.train.evaluate import Evaluation
+from twofold.train.samples import Sample
 from twofold.train.step import StepResult
 
 
-class MetricsFile(Callback):
-    """One JSON object per line in metrics.jsonl, on the disk as it comes.
+class _LinesFile(Callback):
+    """One JSON object per line, on the disk as it comes."""
 
-    Lines of steps: step, loss, scored_tokens, real_tokens, grad_norm, learning_rate, seconds. Lines of
-    evaluations: step, held_out_loss (or held_out_loss_average, of the average weights), held_out_tokens. Both with the
-    objective's own metrics, where it has any.
-    """
-
-    def __init__(self, path: Path, every: int) -> None:
-        """`every`: steps between lines."""
+    def __init__(self, path: Path) -> None:
         self._path = path
-        self._every = every
         self._file: TextIO | None = None
 
     def on_start(self, run: RunStart) -> None:
@@ -33,6 +29,36 @@ class MetricsFile(Callback):
         kept = [line for line in lines if _is_before(line, run.first_step)]
         self._path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
         self._file = self._path.open("a", encoding="utf-8", buffering=1)
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def _write(self, line: dict[str, Any]) -> None:
+        assert self._file is not None
+        self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+class SamplesFile(_LinesFile):
+    """samples.jsonl: step, number of the prompt, prompt, reference, answer."""
+
+    def on_samples(self, step: int, samples: Sequence[Sample]) -> None:
+        for number, sample in enumerate(samples):
+            self._write({"step": step, "number": number, **asdict(sample)})
+
+
+class MetricsFile(_LinesFile):
+    """metrics.jsonl.
+
+    Lines of steps: step, loss, scored_tokens, real_tokens, grad_norm, learning_rate, seconds. Lines of
+    evaluations: step, held_out_loss (or held_out_loss_average, of the average weights), held_out_tokens. Both with the
+    objective's own metrics, where it has any.
+    """
+
+    def __init__(self, path: Path, every: int) -> None:
+        """`every`: steps between lines."""
+        super().__init__(path)
+        self._every = every
 
     def on_step(self, step: int, result: StepResult) -> None:
         if step % self._every == 0:
@@ -44,14 +70,6 @@ class MetricsFile(Callback):
 
     def on_average_evaluation(self, step: int, evaluation: Evaluation) -> None:
         self._write(_held_out(step, evaluation, "_average"))
-
-    def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
-
-    def _write(self, line: dict[str, Any]) -> None:
-        assert self._file is not None
-        self._file.write(json.dumps(line) + "\n")
 
 
 def _held_out(step: int, evaluation: Evaluation, suffix: str = "") -> dict[str, Any]:
@@ -107,6 +125,13 @@ class TensorBoardScalars(Callback):
     def on_average_evaluation(self, step: int, evaluation: Evaluation) -> None:
         if self._writer is not None:
             self._writer.add_scalar("held_out/loss_average", evaluation.loss, step)
+
+    def on_samples(self, step: int, samples: Sequence[Sample]) -> None:
+        if self._writer is not None:
+            for number, sample in enumerate(samples):
+                parts = asdict(sample).items()  # indented: markdown takes it as it stands
+                text = "\n\n".join(f"**{name}**\n\n{indent(value, '    ')}" for name, value in parts)
+                self._writer.add_text(f"samples/{number}", text, step)
 
     def close(self) -> None:
         if self._writer is not None:

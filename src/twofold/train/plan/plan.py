@@ -201,6 +201,10 @@ def plan_run(
         raise ValueError(f"efficiency must be above 0 and at most 1, got {efficiency}")
     if price_per_hour is not None and price_per_hour < 0:
         raise ValueError(f"price_per_hour must be 0 or more, got {price_per_hour}")
+    if recipe.adapter is not None:
+        raise ValueError(
+            "runs with an adapter are not planned yet; plan with adapter=null, an upper bound of memory and time"
+        )
     recipe = planned(recipe)
     config = read_model_config(recipe.model)
     is_reward = isinstance(recipe, RewardRecipe)
