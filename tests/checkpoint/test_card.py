@@ -6,7 +6,8 @@ from huggingface_hub import ModelCard
 import twofold
 from tests.train.tiny_run import tiny_model
 from twofold.checkpoint import resolve
-from twofold.checkpoint.card import donor_of, read_history, render_card
+from twofold.checkpoint.card import donor_of, read_history
+from twofold.checkpoint.card_text import render_card
 from twofold.config.history import (
     Averaged,
     Averaging,
@@ -170,10 +171,12 @@ def test_names_keep_nothing_of_a_machine(tmp_path, monkeypatch):
             "sources": [{"path": "/home/alice/a.jsonl", "split": "train"}],
         },
         "rewards": ["/home/alice/rewards.py:score", "math"],
+        "prompt_template": "/think about {x}",
     }
     assert public_settings(settings) == {
         "data": {"sources": [{"path": "a.jsonl", "split": "train"}]},
         "rewards": ["rewards.py:score", "math"],
+        "prompt_template": "/think about {x}",
     }
 
 

@@ -1,5 +1,7 @@
 """The recipes that run on a laptop, for two steps on a tiny donor: all their settings but sizes."""
 
+import gzip
+import json
 from pathlib import Path
 
 import pytest
@@ -78,3 +80,57 @@ def test_distillation_from_the_donor_and_from_stored_targets(tiny, tmp_path):
     # 256 draws, bfloat16: near, and not the same.
     assert from_targets.losses[0] == pytest.approx(in_the_loop.losses[0], rel=0.05)
     assert from_targets.losses != in_the_loop.losses
+
+
+WORDS = ["red", "blue", "green", "brown", "black", "white", "grey", "pink"]
+TASKS = {
+    "summarise": {
+        f"summarization/{name}.jsonl.gz": row
+        for name, row in {
+            "scitldr-a-train": {"source": ["We take {}.", "It works."], "target": ["{} works."]},
+            "dialogsum-dev": {"dialogue": "A: {}?\nB: No.", "summary": "B wants no {}."},
+            "scitldr-a-dev": {"source": ["We use {} oil."], "target": ["{} oil.", "Oil."]},
+            "dialogsum-test": {"dialogue": "A: {} tea?\nB: Yes.", "summary1": "B wants {} tea."},
+        }.items()
+    },
+    "answer": {"benchmarks/gsm8k-train.jsonl.gz": {"question": "How many {}?", "answer": "Two {}.\n#### 2"}},
+    "instruct": {
+        "instructions/p3.jsonl.gz": {"prompt": "Say {}.", "completion": "{}"},
+        "instructions/alpaca_en_demo.json.gz": {
+            "instruction": "Name {}.",
+            "input": "",
+            "output": "It is {}.",
+        },
+    },
+    "translate": {
+        f"translation/multi30k/{split}.{language}.gz": f"{before}{{}}."
+        for split in ("train", "val")
+        for language, before in (("en", f"A {split} "), ("de", f"Ein {split} "))
+    },
+}
+
+
+def filled(row, word):
+    return json.loads(json.dumps(row).replace("{}", word))
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_tuning_on_answers_from_the_files_as_their_authors_wrote_them(task, tiny, tmp_path):
+    for name, row in TASKS[task].items():
+        file = tmp_path / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        rows = [filled(row, word) for word in WORDS]
+        text = "\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows)
+        if name.endswith(".json.gz"):
+            text = json.dumps(rows)
+        file.write_bytes(gzip.compress(text.encode()))
+    sizes = ["data.source_length=160", "data.target_length=64"]
+    sizes += [] if task in ("summarise", "translate") else ["data.held_out_fraction=0.3"]
+    kept = [override for override in tiny if not override.startswith("data.")]
+    run = load_recipe(FOLDER / f"smollm2-{task}.yaml", [*kept, *sizes, *SHORT])
+    result = train(run)
+    assert result.is_finished
+    assert len(result.held_out) == 3
+    (phase,) = twofold.load(result.model_path).history.phases
+    assert all(source.records for source in (*phase.data, *phase.held_out))
+    assert len(phase.data) == len(run.data.sources)

@@ -17,6 +17,7 @@ from twofold.config.base import Config
 from twofold.config.recipe import PATH_KEYS
 
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+", re.ASCII)
+_TEXTS = ("prompt_template", "completion_template", "template", "pattern")
 _ABSOLUTE = re.compile(r"(/|~|\\\\|[A-Za-z]:[\\/])")
 
 
@@ -205,7 +206,7 @@ def _public(key: str, value: Any) -> Any:
         return public_settings(value)
     if isinstance(value, (list, tuple)):
         return [_public(key, item) for item in value]
-    if isinstance(value, str) and (key in PATH_KEYS or _ABSOLUTE.match(value)):
+    if isinstance(value, str) and (key in PATH_KEYS or (key not in _TEXTS and _ABSOLUTE.match(value))):
         return public_name(value)
     return value
 

@@ -143,8 +143,11 @@ def _names(checkpoints: Sequence[Checkpoint]) -> list[str]:
     names = [checkpoint.name for checkpoint in checkpoints]
     if len(set(names)) == len(names):
         return names
-    above = [checkpoint.folder.resolve().parent.name for checkpoint in checkpoints]
-    return [f"{parent}/{name}" for parent, name in zip(above, names, strict=True)]
+    above = [checkpoint.folder.resolve().parent for checkpoint in checkpoints]
+    return [
+        name if parent == Path.home() else f"{parent.name}/{name}"
+        for parent, name in zip(above, names, strict=True)
+    ]
 
 
 def averaged_history(parts: Sequence[tuple[str, float, History]]) -> History:
