@@ -61,7 +61,7 @@ def train_policy(
         return fit(
             model,
             RolloutLoader(prompts, parts, reference=reference),
-            HeldOutRollouts(prompts.held_out, parts) if prompts.held_out else None,
+            HeldOutRollouts(prompts.held_out, parts, prompts.held_out_sources) if prompts.held_out else None,
             recipe,
             recipe.output,
             watchers,
