@@ -8,11 +8,10 @@ import pytest
 import typer
 
 from twofold.cli import app
-from twofold.config.recipe import Run, read_content, read_recipe
+from twofold.config.recipe import read_content, read_recipe
 from twofold.config.targets import TargetsRecipe
 from twofold.posttrain.stages import STAGES, read_run
 
-LATER = {"adapter"} - Run.model_fields.keys()
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
@@ -42,9 +41,8 @@ def test_recipes_of_commands_are_valid(line, tmp_path, monkeypatch):
     if words[0] == "RECIPE":
         return
     overrides = [word for word in words[1:] if re.match(r"[a-z_.]+=", word)]
-    later = {override.partition("=")[0] for override in overrides} & LATER
-    if later or any(f"-{stage}" in words[0] and stage not in STAGES for stage in ("grpo", "gkd")):
-        pytest.skip(f"not there yet: {later or words[0]}")
+    if "-gkd" in words[0] and "gkd" not in STAGES:
+        pytest.skip("stage gkd is not there yet")
     if read_content(words[0], overrides)["stage"] == "distill-targets":
         read_recipe(TargetsRecipe, words[0], overrides)
     else:

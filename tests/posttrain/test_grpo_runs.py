@@ -217,3 +217,16 @@ def test_the_command_trains_and_says_the_reward(text_model, tmp_path, capsys):
     assert "2 steps of 4 prompts with 3 answers each" in said
     assert "reward low" in said
     assert twofold.load(Path(summary["model"])).tokenizer is not None
+
+
+def test_the_card_counts_prompts_and_answers(tmp_path):
+    recipe = grpo_recipe(tmp_path, steps=2)
+    result = train_policy(recipe)
+    (phase,) = twofold.load(result.model_path).history.phases
+    assert phase.stage == "grpo"
+    assert sum(source.records for source in (*phase.data, *phase.held_out)) == len(RECORDS)
+    assert phase.held_out
+    batches = 2 * recipe.accumulate_batches
+    assert phase.examples_drawn == batches * recipe.data.prompts_per_batch * recipe.rollout.num_samples
+    last = [line for line in metrics_of(tmp_path / "run") if "held_out_reward" in line][-1]
+    assert phase.reports["held_out"]["reward"] == last["held_out_reward"]

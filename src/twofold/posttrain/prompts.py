@@ -14,6 +14,7 @@ import numpy as np
 
 from twofold.config.data import SourceConfig
 from twofold.config.grpo import PromptData, PromptSource
+from twofold.config.history import SourceUse, source_use
 from twofold.data import BuildProgress, Convention, Example, SourceReader
 from twofold.data.chat import ChatRefused, prompt_inputs
 from twofold.data.examples import cut
@@ -69,6 +70,11 @@ class Prompts:
     report: list[str]
     """A line for each source: what is in it, and what was skipped, dropped or cut."""
 
+    train_sources: tuple[SourceUse, ...] = ()
+    """What `train` was read from."""
+
+    held_out_sources: tuple[SourceUse, ...] = ()
+
 
 def open_prompts(
     data: PromptData,
@@ -96,9 +102,12 @@ def open_prompts(
     ]
     train_parts, held_parts = read[: len(data.sources)], read[len(data.sources) :]
     held_out = [prompt for part in held_parts for prompt in part.prompts]
+    held_out_sources = [part.used(part.prompts) for part in held_parts]
     if data.held_out_fraction:
         for part in train_parts:
-            held_out += [prompt for prompt in part.prompts if is_held_out(prompt.key, data)]
+            chosen = [prompt for prompt in part.prompts if is_held_out(prompt.key, data)]
+            held_out += chosen
+            held_out_sources += [part.used(chosen)] if chosen else []
     keys = {prompt.key for prompt in held_out}
     for part in train_parts:
         kept = [prompt for prompt in part.prompts if prompt.key not in keys]
@@ -115,7 +124,13 @@ def open_prompts(
             raise ValueError(
                 f"there is no prompt to {name} ({'; '.join(report)}); give other sources or held_out_fraction"
             )
-    return Prompts(train=train, held_out=held_out, report=report)
+    return Prompts(
+        train=train,
+        held_out=held_out,
+        report=report,
+        train_sources=tuple(part.used(part.prompts) for part in train_parts),
+        held_out_sources=tuple(held_out_sources),
+    )
 
 
 @dataclass(slots=True)
@@ -128,6 +143,11 @@ class _Part:
     dropped: Counter[str]
     cut: int = 0
     held_out: int = 0
+
+    def used(self, prompts: Sequence[Prompt]) -> SourceUse:
+        """For the card: some of its prompts."""
+        tokens = sum(len(prompt.source) + len(prompt.prefix) for prompt in prompts)
+        return source_use(self.source.path, self.source.format, records=len(prompts), tokens=tokens)
 
     def describe(self) -> str:
         text = f"{self.source.path}: {len(self.prompts):,} prompts"

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from twofold.config.grpo import PolicyRecipe
+from twofold.config.history import Reading, SourceUse
 from twofold.data import Batch, Example
 from twofold.models import EncoderDecoder
 from twofold.posttrain.answers import answer_tensors
@@ -120,6 +121,16 @@ class RolloutLoader:
         self._steps = 0
         self._kept: list[RolloutBatch] = []
         self._digest = prompts_digest(prompts.train)
+        self._sources = prompts.train_sources
+
+    def reading(self, state: Mapping[str, Any] | None = None) -> Reading:
+        """What the prompts were read from, and how many answers to them were written up to a state."""
+        if state is None:
+            return Reading(sources=self._sources)
+        recipe = self._parts.recipe
+        steps = max(stream["steps"] for stream in state["streams"].values())
+        prompts = -(-steps // recipe.policy.num_iterations) * self.num_streams * recipe.data.prompts_per_batch
+        return Reading(sources=self._sources, examples_drawn=prompts * recipe.rollout.num_samples)
 
     def next_step(self) -> list[Batch]:
         """One batch of each owned stream, in their order."""
@@ -216,10 +227,17 @@ class RolloutLoader:
 class HeldOutRollouts:
     """Held-out prompts, answered anew with the weights as they are each time they are asked for."""
 
-    def __init__(self, prompts: Sequence[Prompt], parts: RolloutParts) -> None:
-        self._prompts, self._parts = list(prompts), parts
+    def __init__(
+        self, prompts: Sequence[Prompt], parts: RolloutParts, sources: Sequence[SourceUse] = ()
+    ) -> None:
+        """`sources`: what the prompts were read from."""
+        self._prompts, self._parts, self._sources = list(prompts), parts, tuple(sources)
         self.last: list[Group] = []
         """What the last pass came to, by prompt."""
+
+    def reading(self, state: Mapping[str, Any] | None = None) -> Reading:
+        """What the prompts were read from."""
+        return Reading(sources=self._sources)
 
     def one_pass(self) -> Iterator[RolloutBatch]:
         """All prompts in their order, the same batches on every rank; each rank answers a part of them."""
