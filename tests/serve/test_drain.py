@@ -118,6 +118,27 @@ def test_what_does_not_end_in_time_is_given_up(byte_tokenizer, n_signals):
         assert time.monotonic() - started < 3.0
 
 
+def test_what_is_computed_beside_the_engine_is_given_up_too(byte_tokenizer, monkeypatch):
+    engine = make_engine(byte_tokenizer)
+    embed, n_calls = engine.embed, 0
+
+    def slow(texts):
+        nonlocal n_calls
+        n_calls += 1
+        time.sleep(0.3)
+        return embed(texts)
+
+    monkeypatch.setattr(engine, "embed", slow)
+    with serving({"one": engine}, ServeSettings(drain_s=0.0)) as running, ThreadPoolExecutor() as pool:
+        client = running.openai()
+        texts = pool.submit(client.embeddings.create, model="one", input=["text"] * 100)
+        until(lambda: n_calls)
+        running.server.handle_exit(signal.SIGTERM, None)
+        with pytest.raises(openai.InternalServerError, match="shuts down"):
+            texts.result()
+        assert n_calls < 5
+
+
 @pytest.mark.parametrize(
     ("arguments", "environment", "message"),
     [

@@ -1,16 +1,20 @@
 """Keys, bodies, request ids, the log, figures."""
 
+import asyncio
 import io
 import json
 import logging
 import re
 import socket
 
+import httpx
 import openai
 import pytest
+from starlette.applications import Starlette
+from starlette.routing import Mount
 
 from tests.serve.running import make_engine, serving, until
-from twofold.serve import ServeSettings
+from twofold.serve import ServeSettings, create_app
 from twofold.serve.auth import find_key, hash_key, read_keys
 from twofold.serve.logs import JsonLines
 
@@ -66,6 +70,29 @@ def test_only_who_has_a_key_is_answered(guarded):
         public = ("/health", "/ready", "/docs", "/openapi.json", "/hello", "/static/deep/file")
         assert [http.get(path).status_code for path in public] == [200] * 6
         assert http.get("/openapi.json").json()["security"] == [{"key": []}]
+
+
+def test_the_same_holds_below_another_app(byte_tokenizer):
+    settings = ServeSettings(key_hashes=(hash_key(KEYS[0]),))
+    app = create_app({"tiny": make_engine(byte_tokenizer)}, settings)
+    outer = Starlette(routes=[Mount("/below", app)])
+
+    async def main():
+        transport = httpx.ASGITransport(outer)
+        async with (
+            app.router.lifespan_context(app),
+            httpx.AsyncClient(transport=transport, base_url="http://x") as http,
+        ):
+            assert (await http.get("/below/health")).status_code == 200
+            assert (await http.get("/below/metrics")).status_code == 401
+            keyed = {"headers": {"Authorization": f"Bearer {KEYS[0]}"}}
+            body = {"prompt": "x", "max_tokens": 2}
+            assert (await http.post("/below/v1/completions", json=body, **keyed)).json()["choices"]
+            figures = (await http.get("/below/metrics", **keyed)).text
+            assert 'twofold_requests_total{route="/v1/completions",status="200"} 1.0' in figures
+            assert 'twofold_requests_total{route="/metrics",status="401"} 1.0' in figures
+
+    asyncio.run(main())
 
 
 def test_keys_are_read_as_they_are_or_as_their_hashes(tmp_path):

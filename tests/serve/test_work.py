@@ -1,5 +1,6 @@
 """Work that is given up: by the client, by the clock, or because there is too much of it."""
 
+import asyncio
 import json
 import socket
 import time
@@ -9,9 +10,9 @@ from contextlib import suppress
 import openai
 import pytest
 
-from tests.serve.running import make_engine, serving, until
-from twofold.infer import Request
-from twofold.serve import ServeSettings
+from tests.serve.running import WAIT_S, make_engine, serving, until
+from twofold.infer import Request, Sampling
+from twofold.serve import ServeSettings, create_app
 
 LONG = {"model": "tiny", "max_tokens": 200, "temperature": 0, "stop_token_ids": []}
 PAUSE_S = 0.02
@@ -121,6 +122,34 @@ def test_a_client_that_reads_nothing_holds_nobody_up(byte_tokenizer):
         assert b"[DONE]" not in rest_of(connection)
 
 
+def test_where_the_system_does_not_end_such_connections(byte_tokenizer):
+    """The app breaks off by itself, without an end that could be taken for the answer's."""
+    app = create_app({"tiny": make_engine(byte_tokenizer)}, ServeSettings(stall_timeout_s=0.2))
+    body = json.dumps({"prompt": "x", "stream": True}).encode()
+    scope = {
+        "type": "http", "method": "POST", "path": "/v1/completions", "query_string": b"", "asgi": {"version": "3.0"},
+        "headers": [(b"content-type", b"application/json")],
+    }  # fmt: skip
+    sent = []
+
+    async def main():
+        messages = asyncio.Queue()
+        messages.put_nowait({"type": "http.request", "body": body})
+
+        async def send(message):
+            sent.append(message)
+            if message.get("body"):
+                await asyncio.Event().wait()
+
+        async with app.router.lifespan_context(app):
+            await asyncio.wait_for(app(scope, messages.get, send), WAIT_S)
+            assert app.state.service.n_open == 0
+
+    asyncio.run(main())
+    assert [message["type"] for message in sent] == ["http.response.start", "http.response.body"]
+    assert sent[-1]["more_body"]
+
+
 def rest_of(connection):
     """What still comes before the other end breaks off."""
     received = b""
@@ -169,7 +198,7 @@ def events(reply):
 
 def test_time_is_up(byte_tokenizer):
     """504 for one that was being answered, 503 for one that waited; a stream that has begun says it in an event."""
-    engine = make_engine(byte_tokenizer, pause_s=PAUSE_S, batch_size=1)
+    engine = make_engine(byte_tokenizer, pause_s=PAUSE_S, batch_size=2)
     with serving({"tiny": engine}, ServeSettings(timeout_s=0.7)) as running, ThreadPoolExecutor() as pool:
 
         def ask(**options):
@@ -180,7 +209,8 @@ def test_time_is_up(byte_tokenizer):
         assert first.status_code == 504
         assert "took longer than 0.7 s" in first.json()["error"]["message"]
         until(lambda: is_idle(running))
-        in_the_way = engine.submit(Request(prompt="x", max_new_tokens=200, stop_token_ids=()))
+        both = {"n": 2, "sampling": Sampling(temperature=1.0)}
+        in_the_way = engine.submit(Request(prompt="x", max_new_tokens=200, stop_token_ids=(), **both))
         for future in [pool.submit(ask, stream=stream) for stream in (False, True)]:
             reply = future.result()
             assert reply.status_code == 503
@@ -188,6 +218,7 @@ def test_time_is_up(byte_tokenizer):
             assert int(reply.headers["retry-after"]) >= 1
         in_the_way.cancel()
         until(lambda: is_idle(running))
+        assert ask(num_beams=2).status_code == 504  # though nothing has come of it
         *begun, last = events(ask(stream=True))
         assert len(begun) > 3
         assert json.loads(last)["error"]["code"] == "timeout"
@@ -269,5 +300,6 @@ def test_the_event_loop_turns_while_long_texts_are_tokenised(byte_tokenizer, mon
             assert http.get("/health").status_code == 200
             slowest = max(slowest, time.monotonic() - started)
         assert [reply.result().status_code for reply in replies] == [400] * 6
+        assert "has about 1500000 tokens, at most 256 are read" in replies[1].result().text
         assert most_compiling == 1
         assert slowest < 1.0

@@ -70,6 +70,10 @@ class Loop:
         """Nothing runs, waits, or lies in the inbox."""
         return not (self._jobs or self._submitted or self._cancelled)
 
+    def is_running(self, handle: Handle) -> bool:
+        """The request is in the decode stage; any thread may ask."""
+        return self._jobs.get(handle) in self._running
+
     def job_of(self, handle: Handle) -> Job:
         """What the scheduler has to know of a request.
 

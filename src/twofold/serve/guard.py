@@ -80,7 +80,7 @@ class Guard:
     async def _answer(self, scope: Scope, receive: Receive, send: Send, headers: dict[bytes, str]) -> bool:
         """Returns whether the client left before it was answered."""
         service = self._service
-        path = scope["path"]
+        path = _path(scope)
         if service.settings.key_hashes and not service.is_public(path):
             key = find_key(headers.get(b"authorization"), service.settings.key_hashes)
             if key is None:
@@ -135,9 +135,9 @@ class Guard:
 
     def _note(self, scope: Scope, status: int, seconds: float) -> None:
         # As it is declared: what clients make up must not become a label. One refused here has not found its route.
-        path = getattr(scope.get("route"), "path", None)
-        if path is None:
-            path = scope["path"] if scope["path"] in self._service.paths else "other"
+        known = self._service.paths
+        candidates = (_path(scope), getattr(scope.get("route"), "path", None))
+        path = next((found for found in candidates if found in known), "other")
         self._service.metrics.requests.labels(path, str(status)).inc()
         self._service.metrics.request_s.labels(path).observe(seconds)
         if path in _PROBES and status < 400:
@@ -150,6 +150,12 @@ class Guard:
             "seconds": round(seconds, 4),
         }
         logger.info("request", extra={"facts": found})
+
+
+def _path(scope: Scope) -> str:
+    """Below where the app is mounted."""
+    whole: str = scope["path"]
+    return whole.removeprefix(scope.get("root_path", ""))
 
 
 def _refuse_half_characters(body: bytes) -> None:

@@ -18,6 +18,7 @@ from twofold.serve.token_text import TokenTexts
 from twofold.serve.work import Work
 
 Beside = Callable[[Callable[[], Any]], Awaitable[Any]]
+"""Runs a function in a thread, and gives what that returns."""
 
 
 class Served:
@@ -137,7 +138,8 @@ class Service:
         for work in list(self.works):
             work.give_up(shutting_down())
         for timeout in self._asides:
-            timeout.reschedule(asyncio.get_running_loop().time())
+            if not timeout.expired():
+                timeout.reschedule(asyncio.get_running_loop().time())
 
     async def close(self) -> None:
         """Give up what is open, and end the engines."""

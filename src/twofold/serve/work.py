@@ -135,7 +135,8 @@ class Work:
     def _submit_all(self, make_requests: Callable[[], Sequence[Request]]) -> list[Handle]:
         handles: list[Handle] = []
         try:
-            handles.extend(self.served.engine.submit(request) for request in make_requests())
+            for request in make_requests():
+                handles.append(self.served.engine.submit(request))  # noqa: PERF401 (those before an error are kept)
         except BaseException as error:
             for handle in handles:
                 handle.cancel()
@@ -170,7 +171,9 @@ class Work:
 
     def _too_late(self) -> ApiError:
         limit = f"{self.service.settings.timeout_s:g} s"
-        if self.first:
+        if self.first or any(
+            map(self.served.engine.loop.is_running, self.handles)
+        ):  # beams have no first token
             return ApiError(504, f"the answer took longer than {limit}; ask for fewer tokens", code="timeout")
         return ApiError(
             503,
