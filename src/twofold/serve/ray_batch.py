@@ -70,7 +70,7 @@ def answer_on_ray(
     ray = _connected()
     n_cpus, n_gpus = _share(ray.cluster_resources(), options.threads, n_workers)
     known = list(lines)
-    answers = iter(())
+    answers: Iterator[Mapping[str, Any]] = iter(())
     if tables := list(_tables([line for line in known if line.body is not None])):
         dataset = ray.data.from_arrow(tables)
         dataset.context.execution_options.preserve_order = True
