@@ -102,9 +102,9 @@ def serving(
         assert_empty(served.engine)
 
 
-def until(is_so: Callable[[], Any]) -> None:
+def until(is_so: Callable[[], Any], wait_s: float = WAIT_S) -> None:
     """Wait for it, but not for ever."""
-    end = time.monotonic() + WAIT_S
+    end = time.monotonic() + wait_s
     while not is_so():
         assert time.monotonic() < end, "it did not happen"
         time.sleep(0.01)

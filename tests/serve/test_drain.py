@@ -41,7 +41,10 @@ class Process:
 
     @property
     def url(self):
-        until(lambda: self.popen.poll() is not None or any("serving on" in line for line in list(self.lines)))
+        def is_up_or_over():
+            return self.popen.poll() is not None or "serving on" in "".join(self.lines)
+
+        until(is_up_or_over, 120)  # a machine with much to do takes long to import PyTorch
         assert self.popen.poll() is None, self.lines
         line = next(line for line in self.lines if "serving on" in line)
         return line.split("serving on ")[1].split(";")[0]

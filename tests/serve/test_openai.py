@@ -140,7 +140,7 @@ def test_logprobs_are_the_engines(server, client):
             assert re.fullmatch(r"bytes:\\x[89a-f][0-9a-f]", token)
         else:
             assert token == character
-            assert token in reply.choices[0].text[offset : offset + 3]  # after bytes that make no character
+            assert token == reply.choices[0].text[offset]
         assert token in top  # greedy: the chosen one is among the most likely
         assert list(top.values()) == sorted(top.values(), reverse=True)
     assert all(a <= b for a, b in pairwise(found.text_offset))
@@ -149,7 +149,7 @@ def test_logprobs_are_the_engines(server, client):
 def test_the_text_ends_before_a_stop_string_and_so_do_its_logprobs(client):
     options = {"prompt": "hello", "max_tokens": 30, "logprobs": 0, **GREEDY}
     free = client.completions.create(**options).choices[0]
-    at = next(i for i in range(4, len(free.text) - 1) if free.text[i : i + 2].isascii())
+    at = next(i for i in free.logprobs.text_offset if i > 3 and free.text[i : i + 2].isascii())
     stop = free.text[at : at + 2]
     at = free.text.index(stop)
     stopped = client.completions.create(stop=["never there", stop], **options).choices[0]
@@ -186,17 +186,25 @@ def test_what_is_ours_beside_openais_fields(server, client):
     assert [tuple(c.token_ids) for c in reply.choices] == [
         a.token_ids for a in server.engine.submit(request).result()
     ]
-    options = {"max_new_tokens": 25, "seed": 2, "temperature": 1.3}
-    filters = {"top_k": 5, "min_p": 0.1, "repetition_penalty": 1.5}
-    standard = {"top_p": 0.8, "presence_penalty": 0.5, "frequency_penalty": 0.25}
-    expected = server.engine.generate(["hello"], **options, **filters, **standard, stop_token_ids=())[0]
-    assert expected != server.engine.generate(["hello"], **options, stop_token_ids=())[0]
-    reply = client.completions.create(
-        model="tiny", prompt="hello", max_tokens=25, seed=2, temperature=1.3, **standard,
-        extra_body={**filters, "stop_token_ids": [], "return_token_ids": True, "lookup": 4},
-    )  # fmt: skip
-    assert tuple(reply.choices[0].token_ids) == expected.token_ids
-    assert len(expected.token_ids) == 25
+    base = {"temperature": 1.3, "seed": 2}
+    plain = server.engine.generate(["hello"], max_new_tokens=25, stop_token_ids=(), **base)[0]
+    for name, value in (("top_k", 3), ("min_p", 0.5), ("repetition_penalty", 3.0), ("top_p", 0.3),
+                        ("presence_penalty", -2.0), ("frequency_penalty", -2.0)):  # fmt: skip
+        expected = server.engine.generate(
+            ["hello"], max_new_tokens=25, stop_token_ids=(), **base, **{name: value}
+        )[0]
+        assert expected.token_ids != plain.token_ids, name  # else it would tell nothing
+        more = {name: value, "stop_token_ids": [], "return_token_ids": True, "lookup": 4}
+        reply = client.completions.create(
+            model="tiny", prompt="hello", max_tokens=25, **base, extra_body=more
+        )
+        assert tuple(reply.choices[0].token_ids) == expected.token_ids, name
+    longer = {"num_beams": 3, "length_penalty": -3.0, "early_stopping": "never", "return_token_ids": True}
+    reply = client.completions.create(model="tiny", prompt="hello", max_tokens=20, extra_body=longer)
+    request = Request(
+        prompt="hello", max_new_tokens=20, num_beams=3, length_penalty=-3.0, early_stopping="never"
+    )
+    assert tuple(reply.choices[0].token_ids) == server.engine.submit(request).result()[0].token_ids
 
 
 def test_embeddings_are_the_encoders(server, client):

@@ -117,7 +117,7 @@ class ChatWriter:
     def _choice(self, index: int, delta: Delta) -> dict[str, Any]:
         found: dict[str, Any] = {"index": index, "logprobs": None, "finish_reason": delta.finish_reason}
         if self._body.logprobs:
-            report = self._reports.setdefault(index, TokenReport(self._texts.tokenizer))
+            report = self._reports.setdefault(index, TokenReport(self._texts))
             found["logprobs"] = _logprobs(report.take(delta), self._texts)
         if self._body.return_token_ids:
             found["token_ids"] = list(delta.token_ids)

@@ -117,7 +117,7 @@ class CompletionWriter:
         found: dict[str, Any] = {"index": index, "text": delta.text, "logprobs": None}
         found["finish_reason"] = delta.finish_reason
         if self._body.logprobs is not None:
-            report = self._reports.setdefault(index, TokenReport(self._texts.tokenizer))
+            report = self._reports.setdefault(index, TokenReport(self._texts))
             found["logprobs"] = _logprobs(report.take(delta), self._texts)
         if self._body.return_token_ids:
             found["token_ids"] = list(delta.token_ids)

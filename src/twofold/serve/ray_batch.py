@@ -54,8 +54,8 @@ def answer_on_ray(
     """Outcomes in the order of the lines, from workers on a Ray cluster: the one this process has joined, or that
     RAY_ADDRESS names, or else this machine alone.
 
-    A worker that is lost is started again, and what it had is answered once more. What waits lies in the cluster's
-    object store, so that only this process has to see the file.
+    A worker that is lost is started again, and what it had is answered once more. What waits lies in this process and
+    in the cluster's object store, so that nobody else has to see the file.
 
     Args:
         name, options, seed: see `BatchWorker`. Each worker takes `options.threads` CPUs of the cluster, its share if
@@ -68,20 +68,10 @@ def answer_on_ray(
         ValueError: the cluster has too few CPUs or GPUs for so many workers.
     """
     ray = _connected()
-    resources = ray.cluster_resources()
-    n_cpus = options.threads or max(1, int(resources.get("CPU", 1)) // n_workers)
-    n_gpus = 1 if resources.get("GPU") else 0
-    for kind, each in (("CPU", n_cpus), ("GPU", n_gpus)):
-        if each * n_workers > resources.get(kind, 0):
-            raise ValueError(
-                f"{n_workers} workers with {each} {kind}s each need {each * n_workers}, the cluster has "
-                f"{resources.get(kind, 0):g}; ask for fewer workers or threads, or let machines join the cluster"
-            )
-    known = list(lines)  # with their bodies only until these are handed over
-    tables = list(_tables([line for line in known if line.body is not None]))
-    known = [line if line.body is None else replace(line, body={}) for line in known]
+    n_cpus, n_gpus = _share(ray.cluster_resources(), options.threads, n_workers)
+    known = list(lines)
     answers: Iterator[Mapping[str, Any]] = iter(())
-    if tables:
+    if tables := list(_tables([line for line in known if line.body is not None])):
         dataset = ray.data.from_arrow(tables)
         dataset.context.execution_options.preserve_order = True
         dataset.context.enable_progress_bars = False
@@ -89,7 +79,7 @@ def answer_on_ray(
             BatchWorker,
             fn_constructor_args=(name, replace(options, threads=n_cpus), seed),
             batch_size=None,
-            concurrency=n_workers,
+            compute=ray.data.ActorPoolStrategy(size=n_workers),
             num_cpus=n_cpus,
             num_gpus=n_gpus,
         )
@@ -105,6 +95,19 @@ def answer_on_ray(
             request_id=answer["request_id"],
             body=json.loads(answer["body"]),
         )
+
+
+def _share(resources: Mapping[str, float], threads: int | None, n_workers: int) -> tuple[int, int]:
+    """CPUs and GPUs of a worker. Raises ValueError where the cluster has too few."""
+    n_cpus = threads or max(1, int(resources.get("CPU", 1)) // n_workers)
+    n_gpus = 1 if resources.get("GPU") else 0
+    for kind, each in (("CPU", n_cpus), ("GPU", n_gpus)):
+        if each * n_workers > resources.get(kind, 0):
+            raise ValueError(
+                f"{n_workers} workers with {each} {kind}s each need {each * n_workers}, the cluster has "
+                f"{resources.get(kind, 0):g}; ask for fewer workers or threads, or let machines join the cluster"
+            )
+    return n_cpus, n_gpus
 
 
 def _connected() -> Any:

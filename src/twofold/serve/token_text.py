@@ -68,7 +68,7 @@ class Reported:
 
     token_id: int
     offset: int
-    """Characters of the text before it, or before the last whole character where it stands after bytes of none."""
+    """Characters of the text before it; a part of a character has that character's."""
     logprob: float
     top: tuple[tuple[int, float], ...]
 
@@ -79,20 +79,29 @@ class TokenReport:
     A token is held back until text from its place on has been given out.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
-        self._stream = TextStream(tokenizer)
+    def __init__(self, texts: TokenTexts) -> None:
+        self._texts, self._stream = texts, TextStream(texts.tokenizer)
         self._held: list[Reported] = []
         self._n_text = 0
 
     def take(self, delta: Delta) -> list[Reported]:
         """Those that are certain from this delta on."""
         for token_id, logprob in zip(delta.token_ids, delta.logprobs or (), strict=True):
-            self._held.append(_reported(token_id, len(self._stream.text), logprob))
-            self._stream.push(token_id)
+            self._held.append(_reported(token_id, self._offset(token_id), logprob))
         self._n_text += len(delta.text)
         certain = [token for token in self._held if token.offset < self._n_text]
         del self._held[: len(certain)]
         return certain
+
+    def _offset(self, token_id: int) -> int:
+        """Take a token in; where in the text it stands."""
+        before = len(self._stream.text)
+        new = self._stream.push(token_id)
+        try:
+            own = self._texts.bytes(token_id).decode()
+        except UnicodeDecodeError:
+            return before
+        return before + max(0, len(new) - len(own))  # bytes before it that make no character were held back
 
 
 def _reported(token_id: int, offset: int, logprob: TokenLogprob) -> Reported:
