@@ -13,6 +13,7 @@ from schemathesis.specs.openapi.checks import negative_data_rejection, positive_
 
 from tests.serve.running import make_engine, serving, until
 from twofold.serve import ServeSettings
+from twofold.serve.playground import add_playground
 
 FEW = settings(
     max_examples=10, deadline=None, derandomize=True, database=None, phases=[Phase.generate],
@@ -29,7 +30,7 @@ def fuzzed(byte_tokenizer):
     settings = ServeSettings(
         max_new_tokens=8, default_new_tokens=4, predict_route="/predict", stall_timeout_s=1.0
     )
-    with serving({"tiny": make_engine(byte_tokenizer)}, settings) as running:
+    with serving({"tiny": make_engine(byte_tokenizer)}, settings, extensions=(add_playground,)) as running:
         yield running
 
 
