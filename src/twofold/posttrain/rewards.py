@@ -210,7 +210,7 @@ def _rouge(variant: str, completion: str, references: Any) -> float:
 
 def _length(target_words: int, completion: str, _: Any) -> float:
     over = len(completion.split()) - target_words
-    return -min(max(over / target_words, 0.0), 1.0)
+    return 0.0 - min(max(over / target_words, 0.0), 1.0)  # not -0.0, which is odd to read
 
 
 def _code(limits: Limits, completion: str, tests: Any) -> float:
