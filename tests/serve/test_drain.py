@@ -89,6 +89,8 @@ def test_sigterm_lets_what_runs_finish_and_takes_nothing_new(folder, tmp_path):
             until(lambda: 'twofold_open_answers{model="one"} 2.0' in http.get(**figures).text)
             server.popen.send_signal(signal.SIGTERM)
             until(lambda: http.get("/ready").status_code == 503)
+            time.sleep(0.5)  # a while later it is still there, for new connections too
+            assert httpx.get(f"{server.url}/ready").status_code == 503
             assert http.get("/ready").json() == {"status": "draining"}
             assert http.get("/health").status_code == 200
             with pytest.raises(openai.InternalServerError, match="shuts down") as caught:

@@ -140,7 +140,12 @@ def test_bodies_are_bounded_in_size_and_time(guarded):
     with socket.create_connection(("127.0.0.1", guarded.port)) as connection:
         head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEYS[0]}\r\n"
         connection.sendall(f"{head}Content-Length: 100\r\n\r\n{{".encode())
-        assert b"408" in connection.recv(10_000)
+        assert b"HTTP/1.1 408" in connection.recv(10_000)
+    with socket.create_connection(("127.0.0.1", guarded.port)) as connection:
+        connection.sendall(
+            f"{head}Content-Length: 3000\r\n\r\n".encode()
+        )  # known before anything of it comes
+        assert b"HTTP/1.1 413" in connection.recv(10_000)
 
 
 def test_token_limits_of_the_server(guarded):

@@ -99,6 +99,13 @@ def test_bodies_that_are_no_request(http, content, headers, message):
     assert message in reply.json()["error"]["message"]
 
 
+def test_paths_that_are_no_text(http):
+    for path in ("/v1/models/%ED%A0%80", "/v1/models/%FF%00", "/%ED%A0%BD", "/v1/models/" + "x" * 5000):
+        reply = http.get(path)
+        assert reply.status_code == 404
+        assert len(reply.json()["error"]["message"]) <= 2000
+
+
 def test_whole_surrogate_pairs_are_text(http):
     reply = http.post(
         "/tokenize", content=b'{"prompt": "\\ud83d\\ude00"}', headers={"Content-Type": "application/json"}

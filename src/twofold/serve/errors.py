@@ -73,7 +73,12 @@ def error_body(
     """OpenAI's form of an error."""
     kind = _TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")
     return {
-        "error": {"message": _clean(message), "type": kind, "param": param and _clean(param), "code": code}
+        "error": {
+            "message": message[:_MAX_MESSAGE],
+            "type": kind,
+            "param": param and param[:200],
+            "code": code,
+        }
     }
 
 
@@ -126,8 +131,3 @@ def _of_validation(error: RequestValidationError) -> ApiError:
     return bad_request(
         f"{param}: {first['msg']}" if param else first["msg"], param=param, code="invalid_value"
     )
-
-
-def _clean(text: str) -> str:
-    """Without halves of surrogate pairs, which no reply can carry, and not without end."""
-    return text[:_MAX_MESSAGE].encode("utf-8", "replace").decode("utf-8")
