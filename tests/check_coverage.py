@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 FLOOR_PERCENT = 90.0
-AREAS = ("models", "adapt", "objectives", "data", "checkpoint", "infer")
+AREAS = ("models", "adapt", "objectives", "data", "checkpoint", "infer", "posttrain", "serve")
 
 
 def main() -> int:

@@ -112,7 +112,9 @@ def test_a_precomputed_reference_is_the_one_in_the_loop(name, tmp_path):
     pairs = pairs_of(model, tmp_path)
     data = data_config("unused")
     plain = PairLoader(pairs, data, collate_pairs(PAD))
-    known = compute_reference(reference, plain, "float32", ONE_PROCESS)
+    told: list[tuple[int, int]] = []
+    known = compute_reference(reference, plain, "float32", ONE_PROCESS, lambda *done: told.append(done))
+    assert told == [(done, 16) for done in (3, 6, 9, 12, 15, 16)]
     alone = [[token_logprobs(reference, r).sum().item() for r in (p.chosen, p.rejected)] for p in pairs]
     torch.testing.assert_close(known, torch.tensor(alone), atol=1e-4, rtol=1e-5)
     stored = PairLoader(pairs, data, collate_pairs(PAD, known))

@@ -31,6 +31,14 @@ def test_duration():
     assert [duration(s) for s in (0, 59.6, 3599, 3723)] == ["0:00", "1:00", "59:59", "1:02:03"]
 
 
+def test_the_reference_is_waited_for_in_lines():
+    stream = io.StringIO()
+    lines = progress_for(Console(file=stream, width=120, highlight=False))
+    for done in (400, 800, 1200):  # within five seconds
+        lines.on_reference(done, 1200)
+    assert stream.getvalue() == "log-probabilities under the reference: 1,200 of 1,200 pairs\n"
+
+
 def text_of(tmp_path, *, terminal, **changes):
     stream = io.StringIO()
     console = Console(file=stream, force_terminal=terminal, width=120, highlight=False)

@@ -59,7 +59,9 @@ def train_policy(
         if recipe.policy.kl_coefficient:
             reference = build_model(recipe.model).to(world.device).eval().requires_grad_(False)
         watchers = [RunFiles(recipe, model, prompts.report), *callbacks] if world.is_main else [*callbacks]
-        held_out = HeldOutRollouts(prompts.held_out, parts, prompts.held_out_sources) if prompts.held_out else None
+        held_out = (
+            HeldOutRollouts(prompts.held_out, parts, prompts.held_out_sources) if prompts.held_out else None
+        )
         if held_out is not None and world.is_main:
             watchers.append(HeldOutAnswers(Path(recipe.output) / "held_out.jsonl", held_out, rewards.names))
         return fit(

@@ -61,7 +61,7 @@ def train_preferences(
                 reference = AdapterOff(model, recipe.precision)
         elif recipe.preference.kind != "orpo":
             known, name = _precomputed(
-                recipe, world, model, loaders, output, is_resumed=checkpoint is not None
+                recipe, world, model, loaders, output, callbacks, is_resumed=checkpoint is not None
             )
             collates = [collate_pairs(convention.pad_token_id, known_P2) for known_P2 in known]
             loaders = _loaders(recipe, world, pairs, collates, known)
@@ -167,6 +167,7 @@ def _precomputed(
     model: EncoderDecoder,
     loaders: Sequence[PairLoader],
     output: Path,
+    callbacks: Sequence[Callback],
     *,
     is_resumed: bool,
 ) -> tuple[list[Tensor], str]:
@@ -180,7 +181,13 @@ def _precomputed(
         # A checkpoint's weights have moved, and of several ranks only the first has any: all read the beginning.
         model = build_model(recipe.model)
     model = model.to(world.device).eval()
-    return [compute_reference(model, loader, recipe.precision, world) for loader in loaders], data
+
+    def tell_progress(done: int, total: int) -> None:
+        for callback in callbacks:
+            callback.on_reference(done, total)
+
+    progress = tell_progress if world.is_main else None
+    return [compute_reference(model, loader, recipe.precision, world, progress) for loader in loaders], data
 
 
 def _fit(

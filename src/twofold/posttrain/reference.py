@@ -5,7 +5,7 @@ P: pairs. R = 2 P: replies. N: scored labels.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -53,23 +53,32 @@ class AdapterOff:
 
 @torch.no_grad()
 def compute_reference(
-    model: EncoderDecoder, loader: PairLoader, precision: Precision, world: World
+    model: EncoderDecoder,
+    loader: PairLoader,
+    precision: Precision,
+    world: World,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Tensor:
     """Log-probabilities of chosen and rejected of all pairs of a loader, float32 [P, 2] on the CPU; on every rank the
     same.
 
     Args:
         model: on the device of the rank, in eval mode; whole on every rank. Rank r computes batches r, r + size, ...
+        progress: told how many pairs are done, and of how many.
     """
     found_P2 = torch.zeros(len(loader.pairs), 2)
+    done = 0
     own = zip(loader.numbers_by_length(), loader.one_pass(), strict=True)
     for n, (numbers, batch) in enumerate(own):
+        done += len(numbers)
         if n % world.size != world.rank:
             continue
         assert isinstance(batch, PairBatch)
         scored = scored_positions(batch).to(world.device)
         sums_R = reply_logprobs(model, batch.to(world.device), scored, precision)
         found_P2[numbers] = sums_R.view(-1, 2).cpu()
+        if progress is not None:
+            progress(done, len(loader.pairs))
     return world.sum_(found_P2)
 
 

@@ -58,6 +58,9 @@ class Callback:
     def on_data(self, report: Sequence[str]) -> None:
         """The data is ready: a line for each source, what was skipped or dropped included."""
 
+    def on_reference(self, done: int, total: int) -> None:
+        """What the reference says of so many preference pairs of a loader is known; before the first step, rank 0."""
+
     def on_start(self, run: RunStart) -> None:
         """All checks have passed; the first step follows."""
 

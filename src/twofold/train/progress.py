@@ -17,7 +17,7 @@ from twofold.train.samples import Sample
 from twofold.train.step import StepResult
 
 _SECONDS_BETWEEN_PROGRESS = 5.0
-"""Of tokenising."""
+"""Of what comes before the first step."""
 
 _WINDOW = 20
 """Steps over which loss and speed are averaged."""
@@ -91,6 +91,11 @@ class _Watcher(Callback):
     def on_data(self, report: Sequence[str]) -> None:
         for line in report:
             self._say(line)
+
+    def on_reference(self, done: int, total: int) -> None:
+        if done == total or time.monotonic() - self._last_progress >= _SECONDS_BETWEEN_PROGRESS:
+            self._last_progress = time.monotonic()
+            self._say(f"log-probabilities under the reference: {done:,} of {total:,} pairs")
 
     def on_start(self, run: RunStart) -> None:
         self._steps = run.steps
