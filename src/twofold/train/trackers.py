@@ -160,7 +160,7 @@ class LossPlot(Callback):
         axes.plot(range(1, len(result.losses) + 1), result.losses, color="0.6", linewidth=1, label="training")
         if result.held_out:
             axes.plot(*zip(*result.held_out, strict=True), color="C0", marker="o", label="held out")
-        axes.set(xlabel="step", ylabel="loss, nats per token")
+        axes.set(xlabel="step", ylabel="loss")
         axes.grid(alpha=0.3)
         axes.legend()
         figure.savefig(self._path, dpi=120)
