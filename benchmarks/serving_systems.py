@@ -130,7 +130,10 @@ class ServerHere:
         import uvicorn
 
         self.address, self.pid = Address(free_port()), os.getpid()
-        config = uvicorn.Config(_app(name, spec), port=self.address.port, log_level="critical")
+        # log_config=None: uvicorn would close all handlers of the process, and absl its stream with them.
+        config = uvicorn.Config(
+            _app(name, spec), port=self.address.port, log_config=None, log_level="critical"
+        )
         self._server = uvicorn.Server(config)
         self._thread = threading.Thread(target=self._server.run, daemon=True)
         self._thread.start()
