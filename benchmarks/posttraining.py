@@ -5,10 +5,11 @@
 
 DONOR is SmolLM2-135M-Instruct, a folder, a hub name or a GGUF file. Each run is `twofold train` with a recipe of
 `recipes/` and the overrides below, which make it fit two CPU cores. A run that was stopped goes on where it was; one
-that has ended is read. `--out` is written after each, and keeps what is not measured again (`--run`).
+that has ended is read; `steps_done` says how far each is. `--out` is written after each, and keeps what is not measured
+again (`--run`).
 
-Held-out figures are given before the first step and at every evaluation. For GRPO the difference to the start is that
-of the same prompts, with a 95% interval from resampled prompts.
+Held-out figures are given before the first step and at every evaluation. For GRPO, `reward_gain` is the difference to
+the start over the same prompts, those whose answers a run keeps to be read, with a 95% interval from resampled prompts.
 """
 
 from __future__ import annotations
@@ -66,7 +67,8 @@ def main() -> None:
         details = json.loads(options.out.read_text())["details"]
     for name in options.run or RUNS:
         output = options.work / name
-        train(options.donor, name, output, options.override)
+        if not options.as_they_are:
+            train(options.donor, name, output, options.override)
         details[name] = figures(name, output) | {"recipe": RUNS[name][0], "overrides": RUNS[name][1]}
         if options.override:
             details[name]["further_overrides"] = options.override
@@ -95,7 +97,7 @@ def figures(name: str, output: Path) -> dict[str, Any]:
     }
     curve = [{"step": step, **values} for step, values in sorted(held_out.items())]
     found: dict[str, Any] = {
-        "steps": max(steps),
+        "steps_done": max(steps),
         "held_out": curve,
         "train": [steps[n] for n in sorted(steps)],
     }
@@ -148,6 +150,9 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("donor", metavar="DONOR")
     parser.add_argument("--work", type=Path, required=True, help="folder of the runs, kept")
     parser.add_argument("--run", choices=tuple(RUNS), action="append", help="may be repeated; default: all")
+    parser.add_argument(
+        "--as-they-are", action="store_true", help="only read what the runs in --work have written"
+    )
     parser.add_argument("--override", action="append", default=[], metavar="KEY=VALUE", help="of the recipes")
     parser.add_argument("--out", type=Path, help="file to read what is known from, and to write to")
     return parser.parse_args()

@@ -55,7 +55,7 @@ def test_figures_are_those_of_the_files(tmp_path):
         *({"step": step, "where": where, "reward_rouge": reward} for step, where, reward in answers),
     )
     found = figures("grpo", tmp_path)
-    assert found["steps"] == 2
+    assert found["steps_done"] == 2
     assert [line["step"] for line in found["train"]] == [1, 2]
     assert [line["reward_rouge"] for line in found["held_out"]] == [0.2, 0.5]
     assert found["time_split"] == pytest.approx(
