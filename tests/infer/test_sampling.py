@@ -181,3 +181,12 @@ def test_a_large_vocabulary_is_drawn_from_as_if_cumulated_one_by_one():
         )
         found.add(chosen // 256)
     assert found == {0, 1, 2}
+
+
+@pytest.mark.parametrize("setting", [{"top_p": 1e-48}, {"temperature": 1e-300}, {"min_p": 1.0}])
+def test_settings_that_float32_rounds_to_nothing_leave_the_likeliest(setting):
+    """Seen: a top_p of 1.9e-48 kept no token, and an id beyond the vocabulary was drawn."""
+    logits = torch.tensor([[0.5, 3.0, 1.0], [2.0, -torch.inf, 0.0]])
+    sampling = Sampling(**{"temperature": 1.0, "seed": 3} | setting)
+    assert filtered_probabilities(logits, sampling).tolist() == [[0.0, 1.0, 0.0], [1.0, 0.0, 0.0]]
+    assert Sampler(sampling, 2, torch.device("cpu")).choose(logits).tolist() == [1, 0]

@@ -23,6 +23,9 @@ _HEAD = 1024
 decoding step."""
 
 
+_COLDEST = 1e-20
+"""Temperatures below count as this, where all is on the likeliest: in float32 they are 0, and logits over them none."""
+
 _BLOCK = 256
 """Tokens whose probabilities are added up before one of them is looked for."""
 
@@ -160,7 +163,7 @@ def filtered_probabilities(logits_BV: Tensor, sampling: Sampling) -> Tensor:
     """float32 [B, V]: probabilities after temperature, top-k, top-p and min-p, summing to 1."""
     logits_BV = logits_BV.float()
     if sampling.temperature != 1.0:
-        logits_BV = logits_BV / sampling.temperature
+        logits_BV = logits_BV / max(sampling.temperature, _COLDEST)
     if sampling.top_k is not None and sampling.top_k < logits_BV.shape[-1]:
         threshold_B1 = logits_BV.topk(sampling.top_k, dim=-1).values[:, -1:]
         logits_BV = logits_BV.masked_fill(logits_BV < threshold_B1, -torch.inf)
@@ -181,5 +184,7 @@ def _nucleus(probabilities_BV: Tensor, top_p: float) -> Tensor:
     if n_vocab > _HEAD and bool((reached_BH[:, -1] < top_p).any()):
         sorted_BH, order_BH = probabilities_BV.sort(dim=-1, descending=True)
         reached_BH = sorted_BH.cumsum(dim=-1)
-    kept_BH = sorted_BH.masked_fill(reached_BH - sorted_BH >= top_p, 0.0)
+    is_beyond_BH = reached_BH - sorted_BH >= top_p
+    is_beyond_BH[:, 0] = False  # a top_p that float32 rounds to 0 still leaves one
+    kept_BH = sorted_BH.masked_fill(is_beyond_BH, 0.0)
     return torch.zeros_like(probabilities_BV).scatter(1, order_BH, kept_BH)
