@@ -57,8 +57,11 @@ class Reply:
 
     @property
     def per_token_s(self) -> float | None:
-        """Mean time of a token after the first; None where there was one only."""
-        return (self.times_s[-1] - self.first_s) / (self.n_tokens - 1) if self.n_tokens > 1 else None
+        """Mean time of a token after the first; None where there was one only, or no text: random weights may write
+        nothing but special tokens."""
+        if self.n_tokens < 2 or not self.times_s:
+            return None
+        return (self.times_s[-1] - self.first_s) / (self.n_tokens - 1)
 
 
 class Response(NamedTuple):

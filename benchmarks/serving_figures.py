@@ -31,7 +31,7 @@ def summary(replies: Sequence[Reply]) -> dict[str, Any]:
         "http_5xx": sum((reply.status or 0) >= 500 for reply in replies),
         "seconds": seconds,
         "tokens_per_s": sum(reply.n_tokens for reply in answered) / seconds if seconds else 0.0,
-        "first_token_s": percentiles([reply.first_s for reply in answered]),
+        "first_token_s": percentiles([reply.first_s for reply in answered if reply.times_s]),
         "per_token_s": percentiles([r.per_token_s for r in answered if r.per_token_s is not None]),
     }
 

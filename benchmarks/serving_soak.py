@@ -240,7 +240,9 @@ def _details(kinds: Sequence[str], replies: Sequence[Reply], samples: Sequence[i
         "errors": dict(
             Counter(r.error or "no end" for r in well_formed if not r.is_answered).most_common(10)
         ),
-        "first_token_s": percentiles([reply.first_s for reply in by_kind["well"] if reply.is_answered]),
+        "first_token_s": percentiles(
+            [reply.first_s for reply in by_kind["well"] if reply.is_answered and reply.times_s]
+        ),
         "memory_bytes_before": before,
         "memory_bytes_after": after,
         "memory_growth": after / before - 1,
