@@ -149,6 +149,10 @@ class TestFigures:
         assert (found["answered"], found["refused"], found["failed"], found["http_5xx"]) == (101, 1, 1, 1)
         assert not is_sustained([found], 100.0)
         assert summary([refused])["first_token_s"] is None
+        textless = Reply(status=200, is_whole=True, n_tokens=5, done_s=0.1)  # special tokens only
+        found = summary([*replies, textless])
+        assert found["answered"] == 102
+        assert found["first_token_s"] == pytest.approx({"p50": 5.1, "p95": 9.6, "p99": 10.0})
 
     def test_metrics(self):
         from serving_figures import metrics, summary
