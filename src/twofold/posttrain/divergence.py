@@ -15,12 +15,14 @@ from torch import Tensor
 
 from twofold.train.loss import (
     CHUNK_BYTES,
+    HeadGradients,
     TeacherHead,
-    add_product,
     capped_logits,
     product_dtype,
     rows_of,
+    scaled_in_place,
     teacher_logits,
+    through_cap_,
 )
 
 Divergence = Literal["forward_kl", "reverse_kl", "jsd"]
@@ -98,12 +100,9 @@ class _ChunkedDivergence(torch.autograd.Function):
         n_rows: int,
         dtype: torch.dtype,
     ) -> Tensor:
-        wants_states, wants_weight = ctx.needs_input_grad[:2]
-        n_shared = len(teacher.weight_VE)
-        weight = weight_VD[:n_shared].to(dtype)
+        weight = weight_VD[: len(teacher.weight_VE)].to(dtype)
         total = torch.zeros((), dtype=torch.float32, device=states_ND.device)
-        states_grad = torch.empty_like(states_ND) if wants_states else None
-        weight_grad = torch.zeros_like(weight_VD, dtype=torch.float32) if wants_weight else None
+        grads = HeadGradients(ctx.needs_input_grad, states_ND, weight_VD)
         for start in range(0, len(states_ND), n_rows):
             rows = slice(start, start + n_rows)
             states = states_ND[rows].to(dtype)
@@ -112,22 +111,14 @@ class _ChunkedDivergence(torch.autograd.Function):
             values_N, slope = _value_and_slope(logits, teacher_logits(said), kind, beta)
             total += (values_N * said.speaks_N).sum()
             slope.mul_(said.speaks_N[:, None])
-            if softcap is not None:
-                slope.mul_(logits.div_(softcap).square_().neg_().add_(1.0))
-            slope = slope.to(dtype)
-            if states_grad is not None:
-                states_grad[rows] = slope @ weight
-            if weight_grad is not None:
-                add_product(weight_grad[:n_shared], slope.t(), states)
-        ctx.save_for_backward(states_grad, None if weight_grad is None else weight_grad.to(weight_VD.dtype))
+            grads.add(rows, through_cap_(slope, logits, softcap), states, weight)
+        ctx.save_for_backward(*grads.both())
         return total
 
     @staticmethod
     @torch.autograd.function.once_differentiable  # type: ignore[misc]
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        # In place: both are this function's own, and the weight's is as large as the weight.
-        grads = [None if kept is None else kept.mul_(grad.to(kept.dtype)) for kept in ctx.saved_tensors]
-        return (*grads, None, None, None, None, None, None)
+        return (*scaled_in_place(ctx.saved_tensors, grad), None, None, None, None, None, None)
 
 
 def _value_and_slope(

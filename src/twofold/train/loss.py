@@ -154,11 +154,9 @@ class _ChunkedLoss(torch.autograd.Function):
         n_rows: int,
         dtype: torch.dtype,
     ) -> Tensor:
-        wants_states, wants_weight = ctx.needs_input_grad[:2]
         weight = weight_VD.to(dtype)
         total = torch.zeros((), dtype=torch.float32, device=states_ND.device)
-        states_grad = torch.empty_like(states_ND) if wants_states else None
-        weight_grad = torch.zeros_like(weight_VD, dtype=torch.float32) if wants_weight else None
+        grads = HeadGradients(ctx.needs_input_grad, states_ND, weight_VD)
         for start in range(0, len(labels_N), n_rows):
             rows = slice(start, start + n_rows)
             states = states_ND[rows].to(dtype)
@@ -166,20 +164,14 @@ class _ChunkedLoss(torch.autograd.Function):
                 states, weight, labels_N[rows], softcap, rows_of(teacher, rows), teacher_share
             )
             total += loss
-            slope = slope.to(dtype)
-            if states_grad is not None:
-                states_grad[rows] = slope @ weight
-            if weight_grad is not None:
-                add_product(weight_grad, slope.t(), states)
-        ctx.save_for_backward(states_grad, None if weight_grad is None else weight_grad.to(weight_VD.dtype))
+            grads.add(rows, slope, states, weight)
+        ctx.save_for_backward(*grads.both())
         return total
 
     @staticmethod
     @torch.autograd.function.once_differentiable  # type: ignore[misc]
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        # In place: both are this function's own, and the weight's is as large as the weight.
-        grads = [None if kept is None else kept.mul_(grad.to(kept.dtype)) for kept in ctx.saved_tensors]
-        return (*grads, None, None, None, None, None, None)
+        return (*scaled_in_place(ctx.saved_tensors, grad), None, None, None, None, None, None)
 
 
 def chunked_logprobs(
@@ -234,10 +226,8 @@ class _ChunkedLogprobs(torch.autograd.Function):
     @torch.autograd.function.once_differentiable  # type: ignore[misc]
     def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         states_ND, weight_VD, labels_N = ctx.saved_tensors
-        wants_states, wants_weight = ctx.needs_input_grad[:2]
         weight = weight_VD.to(ctx.dtype)
-        states_grad = torch.empty_like(states_ND) if wants_states else None
-        weight_grad = torch.zeros_like(weight_VD, dtype=torch.float32) if wants_weight else None
+        grads = HeadGradients(ctx.needs_input_grad, states_ND, weight_VD)
         for start in range(0, len(labels_N), ctx.n_rows):
             rows = slice(start, start + ctx.n_rows)
             states = states_ND[rows].to(ctx.dtype)
@@ -246,16 +236,8 @@ class _ChunkedLogprobs(torch.autograd.Function):
             slope = logits.softmax(dim=1).neg_()
             slope.scatter_add_(1, labels_N[rows, None], torch.ones_like(slope[:, :1]))
             slope.mul_(grad_N[rows, None])
-            if ctx.softcap is not None:
-                slope.mul_(logits.div_(ctx.softcap).square_().neg_().add_(1.0))
-            slope = slope.to(ctx.dtype)
-            if states_grad is not None:
-                states_grad[rows] = slope @ weight
-            if weight_grad is not None:
-                add_product(weight_grad, slope.t(), states)
-        if weight_grad is not None:
-            weight_grad = weight_grad.to(weight_VD.dtype)
-        return states_grad, weight_grad, None, None, None, None
+            grads.add(rows, through_cap_(slope, logits, ctx.softcap), states, weight)
+        return (*grads.both(), None, None, None, None)
 
 
 def _check_shapes(states_ND: Tensor, labels_N: Tensor, weight_VD: Tensor) -> None:
@@ -306,7 +288,7 @@ def _loss_and_slope(
     log_z = logits.logsumexp(dim=1)
     loss = (log_z - of_label * label_share).sum() - expected
 
-    # d loss / d capped logit = softmax - q; the cap passes on 1 - (capped / cap)^2 of it.
+    # d loss / d capped logit = softmax - q
     slope = (logits - log_z[:, None]).exp_()
     if isinstance(teacher, SparseTeacher):
         slope.scatter_add_(1, teacher.ids_NK, -shares)
@@ -314,9 +296,7 @@ def _loss_and_slope(
         slope[:, : shares_NV.shape[1]] -= shares_NV
     share_column = torch.full_like(of_label, 1.0) * label_share
     slope.scatter_add_(1, labels[:, None], -share_column[:, None])
-    if softcap is not None:
-        slope.mul_(logits.div_(softcap).square_().neg_().add_(1.0))
-    return loss, slope
+    return loss, through_cap_(slope, logits, softcap)
 
 
 def teacher_logits(teacher: TeacherHead) -> Tensor:
@@ -335,7 +315,54 @@ def rows_of(teacher: Teacher | None, rows: slice) -> Teacher | None:
     return None
 
 
-def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+class HeadGradients:
+    """The gradients of states and of the head's weight, added up chunk by chunk.
+
+    Args:
+        wanted: for the states and for the weight whether it is asked for, and more that is not looked at.
+        states_ND, weight_VD: what they are of.
+    """
+
+    def __init__(self, wanted: Sequence[bool], states_ND: Tensor, weight_VD: Tensor) -> None:
+        self._states_ND = torch.empty_like(states_ND) if wanted[0] else None
+        self._weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if wanted[1] else None
+        self._dtype = weight_VD.dtype
+
+    def add(self, rows: slice, slope: Tensor, states: Tensor, weight: Tensor) -> None:
+        """Those of one chunk.
+
+        Args:
+            rows: its positions; each comes in one chunk.
+            slope: float32, the derivative with respect to the logits before the soft-cap; for the first tokens alone
+                where `weight` holds no others.
+            states, weight: as they were multiplied.
+        """
+        slope = slope.to(weight.dtype)
+        if self._states_ND is not None:
+            self._states_ND[rows] = slope @ weight
+        if self._weight_VD is not None:
+            _add_product(self._weight_VD[: len(weight)], slope.t(), states)
+
+    def both(self) -> tuple[Tensor | None, Tensor | None]:
+        """In the dtypes of states and weight; None where it is not wanted."""
+        return self._states_ND, None if self._weight_VD is None else self._weight_VD.to(self._dtype)
+
+
+def scaled_in_place(kept: Sequence[Tensor | None], grad: Tensor) -> list[Tensor | None]:
+    """What a forward pass kept as gradients of its sum, times the gradient of that sum. In place: they are that
+    function's own, and the weight's is as large as the weight."""
+    return [None if one is None else one.mul_(grad.to(one.dtype)) for one in kept]
+
+
+def through_cap_(slope: Tensor, logits: Tensor, softcap: float | None) -> Tensor:
+    """A derivative with respect to capped logits to that before the cap, which passes on 1 - (capped / cap)^2 of it.
+    Uses up both arguments."""
+    if softcap is not None:
+        slope.mul_(logits.div_(softcap).square_().neg_().add_(1.0))
+    return slope
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     """total += a @ b, with the sum over chunks in float32."""
     if a.dtype == total.dtype:
         total.addmm_(a, b)
