@@ -10,21 +10,13 @@ from pydantic import Field, model_validator
 
 from twofold.config.base import Config
 from twofold.config.recipe import Run
+from twofold.config.records import RecordData, RecordSource
 from twofold.config.rewards import RewardConfig
 from twofold.config.rollouts import RolloutEngineConfig
 
 
-class PromptSource(Config):
+class PromptSource(RecordSource):
     """Prompts from files or a `datasets` dataset, with what rewards have to know of each."""
-
-    path: str
-    """File, folder, glob, folder of `Dataset.save_to_disk`, or (with format="hf") a name on the hub."""
-
-    format: Literal["auto", "jsonl", "parquet", "hf"] = "auto"
-    """`auto` goes by the file name; `.gz` is unpacked. `jsonl` also reads a file that is one JSON array."""
-
-    split: str = "train"
-    """Split of a `datasets` dataset."""
 
     prompt_field: str = "prompt"
     """Column of the prompt: a text (a user's turn, where the tokenizer has a chat template), a list of texts (joined
@@ -42,56 +34,24 @@ class PromptSource(Config):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if not self.path:
-            raise ValueError("path must name a file, folder, glob or dataset, got an empty string")
         if self.template.count("{prompt}") != 1:
             raise ValueError(f"template must hold {{prompt}} once, got {self.template!r}")
         return self
 
 
-class PromptData(Config):
+class PromptData(RecordData):
     """Everything between the files and the prompts of a step."""
 
+    items = "prompts"
     sources: tuple[PromptSource, ...]
     held_out: tuple[PromptSource, ...] = ()
     """Sources for evaluation only; prompts that occur there are dropped from `sources`."""
-
-    held_out_fraction: float = Field(default=0.0, ge=0, lt=1)
-    """Share of the prompts of `sources` that is kept for evaluation, instead of `held_out`."""
-
-    source_length: int = Field(ge=1)
-    """Most tokens of a prompt, everything included."""
 
     max_length_action: Literal["error", "truncate", "skip"] = "error"
     """What happens to a prompt that is longer. `truncate`: its end stays."""
 
     prompts_per_batch: int = Field(ge=1)
     """Prompts of one batch, each with all its answers; a step takes `accumulate_batches` of them."""
-
-    max_bad_share: float = Field(default=0.05, ge=0, le=1)
-    """Share of a source's records that may be unusable (not readable, or without what a reward needs); they are skipped
-    and reported."""
-
-    shuffle: bool = True
-    """Another order in each epoch."""
-
-    seed: int = Field(default=0, ge=0)
-    """Of order and held-out prompts."""
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if not self.sources:
-            raise ValueError("sources must name at least one source, got none")
-        if self.held_out and self.held_out_fraction:
-            raise ValueError(
-                f"held-out prompts come from held_out ({len(self.held_out)} sources) or from held_out_fraction "
-                f"({self.held_out_fraction}), not from both; remove one"
-            )
-        return self
-
-    @property
-    def has_held_out(self) -> bool:
-        return bool(self.held_out or self.held_out_fraction)
 
 
 class HeldOutSampling(Config):

@@ -9,23 +9,15 @@ from pydantic import Field, model_validator
 
 from twofold.config.base import Config
 from twofold.config.recipe import Run
+from twofold.config.records import RecordData, RecordSource
 
 
-class PairSource(Config):
+class PairSource(RecordSource):
     """Preferences from files or a `datasets` dataset: a prompt, a chosen and a rejected reply in each record.
 
     A prompt is a text (a user's turn, where the tokenizer has a chat template) or a conversation: a list of
     {"role", "content"} or {"from", "value"}. A reply is a text, one such message, or a list of one.
     """
-
-    path: str
-    """File, folder, glob, folder of `Dataset.save_to_disk`, or (with format="hf") a name on the hub."""
-
-    format: Literal["auto", "jsonl", "parquet", "hf"] = "auto"
-    """`auto` goes by the file name; `.gz` is unpacked. `jsonl` also reads a file that is one JSON array."""
-
-    split: str = "train"
-    """Split of a `datasets` dataset."""
 
     prompt_field: str | None = "prompt"
     """Column of the prompt. null: chosen and rejected are whole conversations (lists of messages, or transcripts of
@@ -51,26 +43,18 @@ class PairSource(Config):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if not self.path:
-            raise ValueError("path must name a file, folder, glob or dataset, got an empty string")
         if len(set(self.columns)) != len(self.columns):
             raise ValueError(f"each field must be a column of its own, got {', '.join(self.columns)}")
         return self
 
 
-class PairData(Config):
+class PairData(RecordData):
     """Everything between the files and batches of pairs."""
 
+    items = "pairs"
     sources: tuple[PairSource, ...]
     held_out: tuple[PairSource, ...] = ()
     """Sources for evaluation only; pairs with a prompt that occurs there are dropped from `sources`."""
-
-    held_out_fraction: float = Field(default=0.0, ge=0, lt=1)
-    """Share of the prompts of `sources` that is kept for evaluation, instead of `held_out`. All pairs of one prompt are
-    on the same side."""
-
-    source_length: int = Field(ge=1)
-    """Most tokens of a prompt, everything included."""
 
     target_length: int = Field(ge=1)
     """Most tokens of a reply, as the decoder counts them."""
@@ -80,30 +64,6 @@ class PairData(Config):
 
     pairs_per_batch: int = Field(ge=1)
     """Pairs of one batch; pairs of similar length come together."""
-
-    max_bad_share: float = Field(default=0.05, ge=0, le=1)
-    """Share of a source's records that may be unreadable; they are skipped and reported."""
-
-    shuffle: bool = True
-    """Another order in each epoch."""
-
-    seed: int = Field(default=0, ge=0)
-    """Of order and held-out prompts."""
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if not self.sources:
-            raise ValueError("sources must name at least one source, got none")
-        if self.held_out and self.held_out_fraction:
-            raise ValueError(
-                f"held-out pairs come from held_out ({len(self.held_out)} sources) or from held_out_fraction "
-                f"({self.held_out_fraction}), not from both; remove one"
-            )
-        return self
-
-    @property
-    def has_held_out(self) -> bool:
-        return bool(self.held_out or self.held_out_fraction)
 
 
 class PreferenceConfig(Config):
