@@ -9,12 +9,12 @@ from typing import TypeAlias
 
 from twofold.config.distillation import DistillationConfig
 from twofold.config.gkd import OnPolicyRecipe
-from twofold.data import BuildProgress, Convention, Loader, Prefetcher
+from twofold.data import Convention, Loader, Prefetcher
 from twofold.models import EncoderDecoder
-from twofold.posttrain.build import build_on_ranks
 from twofold.posttrain.gkd import Answering, OnPolicyLoader, OnPolicyObjective, StoredAnswers
 from twofold.posttrain.rollouts import RolloutEngine
-from twofold.train.callbacks import Callback, TrainResult
+from twofold.train.build import build_on_ranks, require_tokenizer
+from twofold.train.callbacks import Callback, TrainResult, tokenise_progress
 from twofold.train.loop import fit
 from twofold.train.run import (
     RunFiles,
@@ -76,10 +76,7 @@ def _read(
 ) -> Parts:
     """Loaders and teacher of one rank."""
 
-    def tell_progress(progress: BuildProgress) -> None:
-        for callback in callbacks:
-            callback.on_tokenise(progress)
-
+    require_tokenizer(model)
     data = recipe.data
     # A decoder's prefix is at most a row, and an answer follows it.
     check_lengths(data.source_length, data.target_length + recipe.longest_answer, model.config)
@@ -96,7 +93,7 @@ def _read(
         model,
         num_streams=recipe.accumulate_batches,
         owned=world.streams(recipe.accumulate_batches),
-        progress=tell_progress if world.is_main else None,
+        progress=tokenise_progress(callbacks) if world.is_main else None,
     )
     distillation.check(model)
     for callback in callbacks:

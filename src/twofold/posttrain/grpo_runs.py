@@ -7,16 +7,16 @@ from functools import partial
 from pathlib import Path
 
 from twofold.config.grpo import PolicyRecipe
-from twofold.data import BuildProgress, Convention
+from twofold.data import Convention
 from twofold.infer.limits import check_inputs
 from twofold.models import EncoderDecoder
-from twofold.posttrain.build import build_on_ranks
 from twofold.posttrain.grpo import PolicyObjective
 from twofold.posttrain.prompts import Prompts, open_prompts, prompt_reader
 from twofold.posttrain.rewards import Rewards
 from twofold.posttrain.rollout_loader import HeldOutAnswers, HeldOutRollouts, RolloutLoader, RolloutParts
 from twofold.posttrain.rollouts import RolloutEngine
-from twofold.train.callbacks import Callback, TrainResult
+from twofold.train.build import build_on_ranks, require_tokenizer
+from twofold.train.callbacks import Callback, TrainResult, tokenise_progress
 from twofold.train.loop import fit
 from twofold.train.run import RunFiles, build_model, find_checked_start, weights_of
 from twofold.train.world import World, start_world
@@ -91,17 +91,14 @@ def _read(
 ) -> Prompts:
     """The prompts of a run, each of which the model can take and answer."""
 
-    def tell_progress(progress: BuildProgress) -> None:
-        for callback in callbacks:
-            callback.on_tokenise(progress)
-
+    require_tokenizer(model)
     prompts = open_prompts(
         recipe.data,
         rewards.columns,
         model.tokenizer,
         Convention.of(model.config),
         check=rewards.check,
-        progress=tell_progress if world.is_main else None,
+        progress=tokenise_progress(callbacks) if world.is_main else None,
     )
     for prompt in (*prompts.train, *prompts.held_out):
         ids = prompt.source.tolist(), prompt.prefix.tolist()

@@ -12,9 +12,8 @@ from torch import Tensor
 
 from twofold.config import EncoderDecoderConfig
 from twofold.config.preferences import PairData, PairRun, PreferenceRecipe, RewardRecipe
-from twofold.data import BuildProgress, Convention
+from twofold.data import Convention
 from twofold.models import EncoderDecoder, EncoderModel
-from twofold.posttrain.build import Made, build_on_ranks
 from twofold.posttrain.pairs import Collate, PairLoader, Pairs, open_pairs, pair_reader
 from twofold.posttrain.preferences import PreferenceObjective, Reference, collate_pairs
 from twofold.posttrain.reference import (
@@ -25,7 +24,8 @@ from twofold.posttrain.reference import (
     read_reference,
 )
 from twofold.posttrain.reward import RewardModel, RewardObjective, collate_texts, load_reward_model
-from twofold.train.callbacks import Callback, TrainResult
+from twofold.train.build import Made, build_on_ranks, require_tokenizer
+from twofold.train.callbacks import Callback, TrainResult, tokenise_progress
 from twofold.train.loop import fit
 from twofold.train.run import RunFiles, build_model, check_lengths, find_checked_start, weights_of
 from twofold.train.world import World, start_world
@@ -112,14 +112,11 @@ def _build(
 ) -> tuple[Made, Pairs]:
     """Model and pairs of one rank, see `build_on_ranks`."""
 
-    def tell_progress(progress: BuildProgress) -> None:
-        for callback in callbacks:
-            callback.on_tokenise(progress)
-
     def read(model: Made) -> Pairs:
+        require_tokenizer(model)
         check(model.config)
         convention = Convention.of(model.config)
-        progress = tell_progress if world.is_main else None
+        progress = tokenise_progress(callbacks) if world.is_main else None
         pairs = open_pairs(recipe.data, model.tokenizer, convention, progress=progress)
         _check_ids(pairs, model.config)
         for callback in callbacks:

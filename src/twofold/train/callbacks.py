@@ -1,6 +1,6 @@
 """What a run tells those who watch it. The loop itself never prints, logs or draws."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -84,3 +84,13 @@ class Callback:
 
     def close(self) -> None:
         """Always called last."""
+
+
+def tokenise_progress(callbacks: Sequence[Callback]) -> Callable[[BuildProgress], None]:
+    """Tells all of them how far the reading of a source is."""
+
+    def tell(progress: BuildProgress) -> None:
+        for callback in callbacks:
+            callback.on_tokenise(progress)
+
+    return tell

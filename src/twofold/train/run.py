@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 import yaml
@@ -30,7 +30,8 @@ from twofold.data import (
 from twofold.data.teaching import Teaching
 from twofold.models import EncoderDecoder, EncoderModel
 from twofold.objectives import find_sentinels
-from twofold.train.callbacks import Callback, RunStart, TrainResult
+from twofold.train.build import build_on_ranks, require_tokenizer
+from twofold.train.callbacks import Callback, RunStart, TrainResult, tokenise_progress
 from twofold.train.loop import find_start, fit, new_state
 from twofold.train.step import LossModule
 from twofold.train.teacher import Distillation, open_distillation
@@ -94,48 +95,37 @@ def build_parts(
     Raises: see `train`.
     """
 
-    def tell_progress(progress: BuildProgress) -> None:
-        for callback in callbacks:
-            callback.on_tokenise(progress)
+    def make() -> EncoderDecoder:
+        for source in (*recipe.data.sources, *recipe.data.held_out):
+            SourceReader(source)  # finds missing files before the model is loaded
+        return build_model(recipe.model, weights_of(recipe, checkpoint))
 
-    def build(model: EncoderDecoder) -> Parts:
+    def read(model: EncoderDecoder) -> tuple[Loader, Loader | None, Distillation | None]:
+        size = model.config.decoder.vocab_size
         distillation = build_distillation(recipe, model, world.device)
         loaders = build_loaders(
             recipe.data,
             model,
             num_streams=recipe.accumulate_batches,
             owned=world.streams(recipe.accumulate_batches),
-            progress=tell_progress if world.is_main else None,
+            progress=tokenise_progress(callbacks) if world.is_main else None,
             teaching=None if distillation is None else distillation.teaching,
         )
         for callback in callbacks:
             callback.on_data(loaders[0].report())
         if distillation is not None:
             distillation.check(model)
-        return model, *loaders, distillation
-
-    parts: list[Parts] = []
-
-    def build_first() -> tuple[EncoderDecoderConfig, Any]:
-        for source in (*recipe.data.sources, *recipe.data.held_out):
-            SourceReader(source)  # finds missing files before the model is loaded
-        model = build_model(recipe.model, weights_of(recipe, checkpoint))
-        size = model.config.decoder.vocab_size
-        parts.append(build(model))
         if recipe.adapter is not None and model.config.decoder.vocab_size != size:
             raise ValueError(
                 f"the objective adds {model.config.decoder.vocab_size - size} sentinels to the vocabulary, whose "
                 "embeddings an adapter would leave untrained; train the whole model, or start from one that has them"
             )
-        return model.config, model.tokenizer
+        return *loaders, distillation
 
-    config, tokenizer = world.from_main(build_first)
-    if not world.is_main:
-        with torch.device("meta"):
-            model = EncoderDecoder(config)
-        model.tokenizer = tokenizer
-        parts.append(build(model.eval()))
-    return parts[0]
+    model, (train_loader, held_out, distillation) = build_on_ranks(
+        world, make=make, make_empty=EncoderDecoder, read=read
+    )
+    return model, train_loader, held_out, distillation
 
 
 def build_distillation(recipe: Recipe, student: EncoderDecoder, device: torch.device) -> Distillation | None:
@@ -203,10 +193,7 @@ def build_loaders(
         ValueError: no tokenizer, rows longer than the model's positions, bad records, no example in the data, or token
             ids outside the vocabulary.
     """
-    if model.tokenizer is None:
-        raise ValueError(
-            "the model has no tokenizer, so text cannot be read; put tokenizer files into its folder"
-        )
+    require_tokenizer(model)
     check_lengths(config.source_length, config.target_length, model.config)
     convention = Convention.of(model.config)
     sentinels = sentinel_ids(model, required_sentinels(model.tokenizer, config, convention))

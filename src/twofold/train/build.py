@@ -1,4 +1,4 @@
-"""Model and data of one rank, before a run of post-training begins."""
+"""Model and data of one rank, before a run begins."""
 
 from __future__ import annotations
 
@@ -15,6 +15,18 @@ Made = TypeVar("Made", bound=EncoderModel)
 Found = TypeVar("Found")
 
 
+def require_tokenizer(model: EncoderModel) -> None:
+    """Refuse a model that takes no text.
+
+    Raises:
+        ValueError: it has no tokenizer.
+    """
+    if model.tokenizer is None:
+        raise ValueError(
+            "the model has no tokenizer, so text cannot be read; put tokenizer files into its folder"
+        )
+
+
 def build_on_ranks(
     world: World,
     *,
@@ -27,24 +39,14 @@ def build_on_ranks(
     Args:
         make: the model with its weights.
         make_empty: one of the same shape.
-        read: the data, given the model with its tokenizer; on every rank.
-
-    Raises:
-        ValueError: the model has no tokenizer.
+        read: the data, given the model with its tokenizer; on every rank. The others' model has what rank 0's was made
+            to have, such as tokens that were added.
     """
-
-    def read_for(model: Made) -> Found:
-        if model.tokenizer is None:
-            raise ValueError(
-                "the model has no tokenizer, so text cannot be read; put tokenizer files into its folder"
-            )
-        return read(model)
-
     built: list[tuple[Made, Found]] = []
 
     def build_first() -> tuple[EncoderDecoderConfig, Any]:
         model = make()
-        built.append((model, read_for(model)))
+        built.append((model, read(model)))
         return model.config, model.tokenizer
 
     config, tokenizer = world.from_main(build_first)
@@ -52,5 +54,5 @@ def build_on_ranks(
         with torch.device("meta"):
             model = make_empty(config)
         model.tokenizer = tokenizer
-        built.append((model.eval(), read_for(model)))
+        built.append((model.eval(), read(model)))
     return built[0]
