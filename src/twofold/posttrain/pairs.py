@@ -7,29 +7,26 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from twofold.config.data import SourceConfig
-from twofold.config.grpo import PromptData
-from twofold.config.history import Reading, SourceUse, source_use
+from twofold.config.history import Reading, SourceUse
 from twofold.config.preferences import PairData, PairSource
 from twofold.data import Batch, BuildProgress, Convention, Example, SourceReader
 from twofold.data.chat import ChatRefused, record_to_example
 from twofold.data.examples import cut
 from twofold.data.order import keys_for, permute
 from twofold.data.sources import BadRecord, RawRecord
-from twofold.data.store import RecordCounts
 from twofold.data.tokenize import Tokenizer
 from twofold.posttrain.pair_records import parse_pair
+from twofold.posttrain.records import TOO_LONG, is_held_out, read_part, record_reader, require_items
 
 logger = logging.getLogger(__name__)
 
-_PROGRESS_RECORDS = 1000
 _WINDOW_BATCHES = 64
 """Batches that are made of pairs of similar length at a time: long enough that little is padding, short enough that
 any two pairs may meet over the epochs."""
@@ -102,128 +99,54 @@ def open_pairs(
         FileNotFoundError, ImportError: see `SourceReader`.
         ValueError: too many bad records in a source, a pair that is too long, or nothing left on one side.
     """
-    read = [
-        _read(source, data, tokenizer, convention, progress) for source in (*data.sources, *data.held_out)
+    parts = [
+        read_part(
+            source,
+            data,
+            pair_reader(source),
+            read=partial(read_pair, source=source, tokenizer=tokenizer, convention=convention),
+            fit=partial(_fitted, data=data, convention=convention),
+            max_records=source.max_pairs,
+            fields="the fields",
+            progress=progress,
+        )
+        for source in (*data.sources, *data.held_out)
     ]
-    train_parts, held_parts = read[: len(data.sources)], read[len(data.sources) :]
-    held_out = [pair for part in held_parts for pair in part.pairs]
+    train_parts, held_parts = parts[: len(data.sources)], parts[len(data.sources) :]
+    held_out = [pair for part in held_parts for pair in part.items]
     if data.held_out_fraction:
         for part in train_parts:
-            chosen = [is_held_out(pair.chosen.source.tobytes(), data) for pair in part.pairs]
-            part.held_out = [pair for pair, is_held in zip(part.pairs, chosen, strict=True) if is_held]
-            part.pairs = [pair for pair, is_held in zip(part.pairs, chosen, strict=True) if not is_held]
+            chosen = [is_held_out(pair.chosen.source.tobytes(), data) for pair in part.items]
+            part.held_out = [pair for pair, is_held in zip(part.items, chosen, strict=True) if is_held]
+            part.items = [pair for pair, is_held in zip(part.items, chosen, strict=True) if not is_held]
             held_out += part.held_out
     prompts = {pair.chosen.source.tobytes() for pair in held_out}
     for part in train_parts:
-        kept = [pair for pair in part.pairs if pair.chosen.source.tobytes() not in prompts]
-        part.dropped["prompt is held out"] += len(part.pairs) - len(kept)
-        part.pairs = kept
-    for part in read:
+        kept = [pair for pair in part.items if pair.chosen.source.tobytes() not in prompts]
+        part.dropped["prompt is held out"] += len(part.items) - len(kept)
+        part.items = kept
+    for part in parts:
         for reason, count in part.dropped.items():
             if count:
                 logger.warning("%s: %s pairs dropped: %s", part.source.path, f"{count:,}", reason)
-    train = [pair for part in train_parts for pair in part.pairs]
-    for name, pairs, is_wanted in (("train on", train, True), ("hold out", held_out, data.has_held_out)):
-        if is_wanted and not pairs:
-            reports = "; ".join(part.describe() for part in read)
-            raise ValueError(
-                f"there is no pair to {name} ({reports}); give other sources or held_out_fraction"
-            )
+    train = [pair for part in train_parts for pair in part.items]
+    report = [part.describe() for part in parts]
+    require_items(data, train, held_out, report)
     return Pairs(
         train=train,
         held_out=held_out,
-        report=[part.describe() for part in read],
-        train_sources=tuple(part.used(part.pairs) for part in train_parts),
+        report=report,
+        train_sources=tuple(part.used(part.items) for part in train_parts),
         held_out_sources=tuple(
-            [part.used(part.pairs) for part in held_parts]
+            [part.used(part.items) for part in held_parts]
             + [part.used(part.held_out) for part in train_parts if part.held_out]
         ),
     )
 
 
-@dataclass(slots=True)
-class _Part:
-    """What one source gave."""
-
-    source: PairSource
-    pairs: list[Pair]
-    counts: RecordCounts
-    dropped: Counter[str]
-    cut: int = 0
-    held_out: list[Pair] = field(default_factory=list)
-
-    def used(self, pairs: Sequence[Pair]) -> SourceUse:
-        """For the card: some of its pairs."""
-        tokens = sum(pair.num_tokens for pair in pairs)
-        return source_use(self.source.path, self.source.format, records=len(pairs), tokens=tokens)
-
-    def describe(self) -> str:
-        text = f"{self.source.path}: {len(self.pairs):,} pairs"
-        if self.held_out:
-            text += f"; {len(self.held_out):,} held out"
-        if self.counts.bad:
-            text += f"; {self.counts.summary()}"
-        for reason, count in self.dropped.items():
-            if count:
-                text += f"; {count:,} pairs dropped: {reason}"
-        return text + (f"; {self.cut:,} pairs are longer than allowed and are cut" if self.cut else "")
-
-
-def _read(
-    source: PairSource,
-    data: PairData,
-    tokenizer: Tokenizer,
-    convention: Convention,
-    progress: Callable[[BuildProgress], None] | None,
-) -> _Part:
-    part = _Part(source, [], RecordCounts(), Counter())
-    num_tokens = 0
-    reader = pair_reader(source)
-    for raw in reader:
-        if part.counts.records == source.max_pairs:
-            break
-        part.counts.records += 1
-        try:
-            pair = read_pair(raw, source, tokenizer, convention)
-        except BadRecord as error:
-            part.counts.refuse(error)
-            continue
-        fitted = _fitted(pair, data, convention)
-        if fitted is None:
-            part.dropped["longer than allowed (max_length_action='skip')"] += 1
-        elif np.array_equal(fitted.chosen.target, fitted.rejected.target):
-            part.dropped["chosen and rejected are the same"] += 1
-        else:
-            part.cut += fitted is not pair
-            part.pairs.append(fitted)
-        num_tokens += pair.length + min(pair.chosen.decoder_length, pair.rejected.decoder_length)
-        if progress is not None and part.counts.records % _PROGRESS_RECORDS == 0:
-            progress(
-                BuildProgress(
-                    path=source.path,
-                    documents=part.counts.records,
-                    tokens=num_tokens,
-                    share_read=reader.share_read,
-                )
-            )
-    counts = part.counts
-    if counts.bad.total() > data.max_bad_share * counts.records:
-        raise ValueError(
-            f"source {source.path!r}: {counts.summary()}. That is more than max_bad_share={data.max_bad_share}; repair "
-            "the data, set the fields to its columns, or raise it"
-        )
-    if counts.bad:
-        logger.warning("%s: %s", source.path, counts.summary())
-    return part
-
-
 def pair_reader(source: PairSource) -> SourceReader:
     """The raw records of a source. Errors as for `SourceReader`."""
-    # The columns are ours; of the fields of running text one must be set, or files without columns would be read too.
-    config = SourceConfig(
-        path=source.path, format=source.format, split=source.split, messages_field=source.chosen_field
-    )
-    return SourceReader(config, source.columns)
+    return record_reader(source, source.chosen_field, source.columns)
 
 
 def read_pair(raw: RawRecord, source: PairSource, tokenizer: Tokenizer, convention: Convention) -> Pair:
@@ -250,8 +173,17 @@ def read_pair(raw: RawRecord, source: PairSource, tokenizer: Tokenizer, conventi
     return Pair(chosen, rejected, record.margin, raw.where)
 
 
-def _fitted(pair: Pair, data: PairData, convention: Convention) -> Pair | None:
-    """The pair itself where it is short enough, or cut; None: to be left out."""
+def _fitted(pair: Pair, data: PairData, convention: Convention) -> Pair | str:
+    """The pair itself where it is short enough, or cut; or why it is left out."""
+    fitted = _short_enough(pair, data, convention)
+    if fitted is None:
+        return TOO_LONG
+    if np.array_equal(fitted.chosen.target, fitted.rejected.target):
+        return "chosen and rejected are the same"
+    return fitted
+
+
+def _short_enough(pair: Pair, data: PairData, convention: Convention) -> Pair | None:
     room = data.target_length - (len(pair.chosen.decoder_prefix) - 1)
     longest = max(len(pair.chosen.target), len(pair.rejected.target))
     if len(pair.chosen.source) <= data.source_length and longest <= room:
@@ -266,12 +198,6 @@ def _fitted(pair: Pair, data: PairData, convention: Convention) -> Pair | None:
         )
     limits = data.source_length, data.target_length, convention
     return pair._replace(chosen=cut(pair.chosen, *limits), rejected=cut(pair.rejected, *limits))
-
-
-def is_held_out(prompt: bytes, data: PairData | PromptData) -> bool:
-    """By the prompt's tokens and the seed alone."""
-    key = hashlib.blake2b(prompt, key=str(data.seed).encode(), digest_size=8).digest()
-    return int.from_bytes(key, "little") / 2**64 < data.held_out_fraction
 
 
 Collate = Callable[[Sequence[Pair], Sequence[int]], Batch]

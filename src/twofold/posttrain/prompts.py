@@ -5,30 +5,26 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple, cast
 
 import numpy as np
 
-from twofold.config.data import SourceConfig
 from twofold.config.grpo import PromptData, PromptSource
-from twofold.config.history import SourceUse, source_use
+from twofold.config.history import SourceUse
 from twofold.data import BuildProgress, Convention, Example, SourceReader
 from twofold.data.chat import ChatRefused, prompt_inputs
 from twofold.data.examples import cut
 from twofold.data.order import keys_for, permute
 from twofold.data.sources import BadRecord, RawRecord, Record, parse_row
-from twofold.data.store import RecordCounts
 from twofold.data.tokenize import ChatTokenizer, Tokenizer
 from twofold.objectives.pair import Tokens
 from twofold.posttrain.pair_records import read_messages
-from twofold.posttrain.pairs import is_held_out
+from twofold.posttrain.records import TOO_LONG, is_held_out, read_part, record_reader, require_items
 
 logger = logging.getLogger(__name__)
-
-_PROGRESS_RECORDS = 1000
 
 
 class Prompt(NamedTuple):
@@ -48,6 +44,11 @@ class Prompt(NamedTuple):
 
     where: str
     """For messages: file and line or row."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Of both sides."""
+        return len(self.source) + len(self.prefix)
 
     @property
     def key(self) -> bytes:
@@ -96,118 +97,59 @@ def open_prompts(
         FileNotFoundError, ImportError: see `SourceReader`.
         ValueError: too many bad records in a source, a prompt that is too long, or nothing left on one side.
     """
-    read = [
-        _read(source, data, wanted, tokenizer, convention, check, progress)
+    parts = [
+        read_part(
+            source,
+            data,
+            prompt_reader(source, wanted),
+            read=partial(_read_checked, source, wanted, tokenizer, convention, check),
+            fit=partial(_fitted, data=data, convention=convention),
+            max_records=source.max_prompts,
+            fields="prompt_field and columns",
+            progress=progress,
+        )
         for source in (*data.sources, *data.held_out)
     ]
-    train_parts, held_parts = read[: len(data.sources)], read[len(data.sources) :]
-    held_out = [prompt for part in held_parts for prompt in part.prompts]
-    held_out_sources = [part.used(part.prompts) for part in held_parts]
+    train_parts, held_parts = parts[: len(data.sources)], parts[len(data.sources) :]
+    held_out = [prompt for part in held_parts for prompt in part.items]
+    held_out_sources = [part.used(part.items) for part in held_parts]
     if data.held_out_fraction:
         for part in train_parts:
-            chosen = [prompt for prompt in part.prompts if is_held_out(prompt.key, data)]
+            chosen = [prompt for prompt in part.items if is_held_out(prompt.key, data)]
             held_out += chosen
             held_out_sources += [part.used(chosen)] if chosen else []
     keys = {prompt.key for prompt in held_out}
     for part in train_parts:
-        kept = [prompt for prompt in part.prompts if prompt.key not in keys]
-        part.held_out = len(part.prompts) - len(kept)
-        part.prompts = kept
+        part.held_out = [prompt for prompt in part.items if prompt.key in keys]
+        part.items = [prompt for prompt in part.items if prompt.key not in keys]
         if part.held_out and data.held_out:
             logger.warning(
-                "%s: %s prompts dropped: held out elsewhere", part.source.path, f"{part.held_out:,}"
+                "%s: %s prompts dropped: held out elsewhere", part.source.path, f"{len(part.held_out):,}"
             )
-    train = [prompt for part in train_parts for prompt in part.prompts]
-    report = [part.describe() for part in read]
-    for name, prompts, is_wanted in (("train on", train, True), ("hold out", held_out, data.has_held_out)):
-        if is_wanted and not prompts:
-            raise ValueError(
-                f"there is no prompt to {name} ({'; '.join(report)}); give other sources or held_out_fraction"
-            )
+    train = [prompt for part in train_parts for prompt in part.items]
+    report = [part.describe() for part in parts]
+    require_items(data, train, held_out, report)
     return Prompts(
         train=train,
         held_out=held_out,
         report=report,
-        train_sources=tuple(part.used(part.prompts) for part in train_parts),
+        train_sources=tuple(part.used(part.items) for part in train_parts),
         held_out_sources=tuple(held_out_sources),
     )
 
 
-@dataclass(slots=True)
-class _Part:
-    """What one source gave."""
-
-    source: PromptSource
-    prompts: list[Prompt]
-    counts: RecordCounts
-    dropped: Counter[str]
-    cut: int = 0
-    held_out: int = 0
-
-    def used(self, prompts: Sequence[Prompt]) -> SourceUse:
-        """For the card: some of its prompts."""
-        tokens = sum(len(prompt.source) + len(prompt.prefix) for prompt in prompts)
-        return source_use(self.source.path, self.source.format, records=len(prompts), tokens=tokens)
-
-    def describe(self) -> str:
-        text = f"{self.source.path}: {len(self.prompts):,} prompts"
-        if self.held_out:
-            text += f"; {self.held_out:,} held out"
-        if self.counts.bad:
-            text += f"; {self.counts.summary()}"
-        for reason, count in self.dropped.items():
-            text += f"; {count:,} prompts dropped: {reason}"
-        return text + (f"; {self.cut:,} prompts are longer than allowed and are cut" if self.cut else "")
-
-
-def _read(
+def _read_checked(
     source: PromptSource,
-    data: PromptData,
     wanted: Sequence[str],
     tokenizer: Tokenizer,
     convention: Convention,
     check: RecordCheck | None,
-    progress: Callable[[BuildProgress], None] | None,
-) -> _Part:
-    part = _Part(source, [], RecordCounts(), Counter())
-    num_tokens = 0
-    reader = prompt_reader(source, wanted)
-    for raw in reader:
-        if part.counts.records == source.max_prompts:
-            break
-        part.counts.records += 1
-        try:
-            prompt = read_prompt(raw, source, wanted, tokenizer, convention)
-            if check is not None:
-                check(prompt.record, prompt.where)
-        except BadRecord as error:
-            part.counts.refuse(error)
-            continue
-        num_tokens += len(prompt.source) + len(prompt.prefix)
-        fitted = _fitted(prompt, data, convention)
-        if fitted is None:
-            part.dropped["longer than allowed (max_length_action='skip')"] += 1
-        else:
-            part.cut += fitted is not prompt
-            part.prompts.append(fitted)
-        if progress is not None and part.counts.records % _PROGRESS_RECORDS == 0:
-            progress(
-                BuildProgress(
-                    path=source.path,
-                    documents=part.counts.records,
-                    tokens=num_tokens,
-                    share_read=reader.share_read,
-                )
-            )
-    counts = part.counts
-    if counts.bad.total() > data.max_bad_share * counts.records:
-        raise ValueError(
-            f"source {source.path!r}: {counts.summary()}. That is more than max_bad_share={data.max_bad_share}; repair "
-            "the data, set prompt_field and columns to its columns, or raise it"
-        )
-    if counts.bad:
-        logger.warning("%s: %s", source.path, counts.summary())
-    return part
+    raw: RawRecord,
+) -> Prompt:
+    prompt = read_prompt(raw, source, wanted, tokenizer, convention)
+    if check is not None:
+        check(prompt.record, prompt.where)
+    return prompt
 
 
 def columns_of(source: PromptSource, wanted: Sequence[str]) -> dict[str, str]:
@@ -217,13 +159,8 @@ def columns_of(source: PromptSource, wanted: Sequence[str]) -> dict[str, str]:
 
 def prompt_reader(source: PromptSource, wanted: Sequence[str]) -> SourceReader:
     """The raw records of a source. Errors as for `SourceReader`."""
-    # The columns are ours; of the fields of running text one must be set, or files without columns would be read too.
-    config = SourceConfig(
-        path=source.path, format=source.format, split=source.split, messages_field=source.prompt_field
-    )
-    return SourceReader(
-        config, list(dict.fromkeys([source.prompt_field, *columns_of(source, wanted).values()]))
-    )
+    columns = dict.fromkeys([source.prompt_field, *columns_of(source, wanted).values()])
+    return record_reader(source, source.prompt_field, list(columns))
 
 
 def read_prompt(
@@ -266,12 +203,12 @@ def read_prompt(
     return Prompt(*tokens, prompt, record, raw.where)
 
 
-def _fitted(prompt: Prompt, data: PromptData, convention: Convention) -> Prompt | None:
-    """The prompt itself where it is short enough, or cut; None: to be left out."""
+def _fitted(prompt: Prompt, data: PromptData, convention: Convention) -> Prompt | str:
+    """The prompt itself where it is short enough, or cut; or why it is left out."""
     if len(prompt.source) <= data.source_length:
         return prompt
     if data.max_length_action == "skip":
-        return None
+        return TOO_LONG
     if data.max_length_action == "error":
         raise ValueError(
             f"{prompt.where}: a prompt of {len(prompt.source)} tokens does not fit source_length={data.source_length}; "
