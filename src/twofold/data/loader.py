@@ -23,6 +23,25 @@ from twofold.data.tokenize import Tokenizer
 _BLOCK = 512
 
 
+def refuse_other_state(state: Mapping[str, Any], identity: Mapping[str, Any], *, otherwise: str) -> None:
+    """Refuse the saved state of a loader of something else.
+
+    Args:
+        state: as it was saved.
+        identity: what a state of this loader says of its data.
+        otherwise: what to do without it.
+
+    Raises:
+        ValueError: they differ.
+    """
+    for name, value in identity.items():
+        if state.get(name) != value:
+            raise ValueError(
+                f"the saved state of the loader has {name} {state.get(name)}, this run has {value}; resume with "
+                f"the data it was saved with, or {otherwise}"
+            )
+
+
 class Loader(Iterator[Batch]):
     """Batches without end, epoch after epoch; `one_pass` for an evaluation."""
 
@@ -182,12 +201,7 @@ class Loader(Iterator[Batch]):
         Raises:
             ValueError: the state belongs to another seed, order, number of streams or other data, or lacks a stream.
         """
-        for name, value in self._identity().items():
-            if state.get(name) != value:
-                raise ValueError(
-                    f"the saved state of the loader has {name} {state.get(name)}, this run has {value}; resume with "
-                    "the data it was saved with, or start without its state"
-                )
+        refuse_other_state(state, self._identity(), otherwise="start without its state")
         if missing := [n for n in self.owned if str(n) not in state["streams"]]:
             raise ValueError(
                 f"the saved state of the loader has streams {sorted(map(int, state['streams']))}, but {missing} are "

@@ -19,6 +19,7 @@ from twofold.config.preferences import PairData, PairSource
 from twofold.data import Batch, BuildProgress, Convention, Example, SourceReader
 from twofold.data.chat import ChatRefused, record_to_example
 from twofold.data.examples import cut
+from twofold.data.loader import refuse_other_state
 from twofold.data.order import keys_for, permute
 from twofold.data.sources import BadRecord, RawRecord
 from twofold.data.tokenize import Tokenizer
@@ -284,12 +285,7 @@ class PairLoader:
         Raises:
             ValueError: the state belongs to other pairs, another order, seed or number of streams.
         """
-        for name, value in self._identity().items():
-            if state.get(name) != value:
-                raise ValueError(
-                    f"the saved state of the loader has {name} {state.get(name)}, this run has {value}; resume with "
-                    "the data it was saved with, or start a new run in another output"
-                )
+        refuse_other_state(state, self._identity(), otherwise="start a new run in another output")
         self._steps = state["streams"][str(self.owned[0])]
 
     def _identity(self) -> dict[str, Any]:

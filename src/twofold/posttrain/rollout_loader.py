@@ -18,6 +18,7 @@ from torch import Tensor
 from twofold.config.grpo import PolicyRecipe
 from twofold.config.history import Reading, SourceUse
 from twofold.data import Batch, Example
+from twofold.data.loader import refuse_other_state
 from twofold.models import EncoderDecoder
 from twofold.posttrain.answers import answer_tensors
 from twofold.posttrain.grpo import RolloutBatch, advantages, placed_logprobs
@@ -158,12 +159,7 @@ class RolloutLoader:
         Raises:
             ValueError: the state belongs to other prompts, another order, seed or number of streams.
         """
-        for name, value in self._identity().items():
-            if state.get(name) != value:
-                raise ValueError(
-                    f"the saved state of the loader has {name} {state.get(name)}, this run has {value}; resume with "
-                    "the data it was saved with, or start a new run in another output"
-                )
+        refuse_other_state(state, self._identity(), otherwise="start a new run in another output")
         own = [state["streams"][str(n)] for n in self.owned]
         self._steps = own[0]["steps"]
         self._kept = [_unpacked(stream["batch"]) for stream in own if stream["batch"] is not None]
