@@ -12,8 +12,15 @@ import typer
 
 from twofold.cli.answering import MOST_REPORTED, answers_bar, say_how_to_go_on
 from twofold.cli.console import note, print_json
+from twofold.cli.options import (
+    BackendOption,
+    BatchSizeOption,
+    PrecisionOption,
+    SkipVisionOption,
+    ThreadsOption,
+)
 from twofold.infer import Engine
-from twofold.infer.backends import BACKENDS, PRECISIONS, BackendName, Precision
+from twofold.infer.backends import BackendName, Precision
 from twofold.infer.files import BadLine
 from twofold.infer.journal import fingerprint, refuse_existing
 
@@ -46,13 +53,11 @@ def batch_command(
         str | None, typer.Option(help='What lines call the model in "model"; default: its folder\'s name.')
     ] = None,
     seed: Annotated[int, typer.Option(help="From which lines that give none get seeds of their own.")] = 0,
-    backend: Annotated[str, typer.Option(help=f"What runs the model: {', '.join(BACKENDS)}.")] = "auto",
-    precision: Annotated[
-        str | None, typer.Option(help=f"{', '.join(PRECISIONS)}; the model's own if not given.")
-    ] = None,
-    threads: Annotated[int | None, typer.Option(help="Of the processor; one for each core.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Answers that are written together.")] = 8,
-    skip_vision: Annotated[bool, typer.Option(help="T5Gemma 2: load without its vision tower.")] = False,
+    backend: BackendOption = "auto",
+    precision: PrecisionOption = None,
+    threads: ThreadsOption = None,
+    batch_size: BatchSizeOption = 8,
+    skip_vision: SkipVisionOption = False,
     ray: Annotated[
         int | None,
         typer.Option(

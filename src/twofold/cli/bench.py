@@ -11,6 +11,7 @@ from rich.progress import track
 from rich.table import Table
 
 from twofold.cli.console import err, note, out, print_json
+from twofold.cli.options import SkipVisionOption
 from twofold.infer.backends import BACKENDS, PRECISIONS, BackendName, Precision
 from twofold.infer.bench import BatchFigures, Failed, Figures, Plan, Report, bench
 from twofold.infer.quality import read_texts
@@ -39,7 +40,7 @@ def bench_command(
         ),
     ] = None,
     quality_texts: Annotated[int, typer.Option(help="Texts of it, at most.")] = 32,
-    skip_vision: Annotated[bool, typer.Option(help="T5Gemma 2: load without its vision tower.")] = False,
+    skip_vision: SkipVisionOption = False,
     json: Annotated[
         bool, typer.Option("--json", help="Print everything as one JSON object, as last line.")
     ] = False,

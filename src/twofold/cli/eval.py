@@ -12,6 +12,7 @@ import typer
 from rich.table import Table
 
 from twofold.cli.console import note, out, print_json
+from twofold.cli.options import SkipVisionOption
 from twofold.evaluate import Evaluation, TaskResult, open_contender
 from twofold.evaluate.run import evaluate
 from twofold.infer.backends import BACKENDS, PRECISIONS, BackendName, Precision
@@ -94,7 +95,7 @@ def eval_command(
     resume: Annotated[
         bool, typer.Option("--resume", help="With --superglue: go on with the cells that OUT has.")
     ] = False,
-    skip_vision: Annotated[bool, typer.Option(help="T5Gemma 2: load without its vision tower.")] = False,
+    skip_vision: SkipVisionOption = False,
     json: Annotated[
         bool,
         typer.Option("--json", help="Print everything but single examples as one JSON object, as last line."),

@@ -9,6 +9,7 @@ import typer
 
 from twofold.checkpoint.load import load
 from twofold.cli.console import note, print_json
+from twofold.cli.options import SkipVisionOption
 from twofold.export import TARGETS, export
 
 _TARGETS_HELP = "; ".join(f"{name}: {target.description}" for name, target in TARGETS.items()) + "."
@@ -22,7 +23,7 @@ def export_command(
         str | None,
         typer.Option(help="How weights are stored. ctranslate2: int8, float16...; openvino: int8 or int4."),
     ] = None,
-    skip_vision: Annotated[bool, typer.Option(help="T5Gemma 2: load without its vision tower.")] = False,
+    skip_vision: SkipVisionOption = False,
     json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = False,
 ) -> None:
     """Write a model for another program. Nothing is written that does not compute what the model computes."""

@@ -10,6 +10,7 @@ import typer
 from rich.table import Table
 
 from twofold.cli.console import note, out, print_json
+from twofold.cli.options import SkipVisionOption
 from twofold.evaluate.bootstrap import Estimate
 from twofold.evaluate.collect import Comparison, collect, is_evaluation, named_models
 from twofold.evaluate.finding import finding
@@ -67,7 +68,7 @@ def frontier_command(
             "--allow-differences", help="Unequal settings become a warning in the report, not an error."
         ),
     ] = False,
-    skip_vision: Annotated[bool, typer.Option(help="T5Gemma 2: load without its vision tower.")] = False,
+    skip_vision: SkipVisionOption = False,
     force: Annotated[
         bool, typer.Option("--force", help="Evaluate and time again what the folder holds already.")
     ] = False,

@@ -15,8 +15,15 @@ import typer
 from twofold.checkpoint.load import load
 from twofold.cli.answering import MOST_REPORTED, answers_bar, say_how_to_go_on
 from twofold.cli.console import note, print_json
+from twofold.cli.options import (
+    BackendOption,
+    BatchSizeOption,
+    PrecisionOption,
+    SkipVisionOption,
+    ThreadsOption,
+)
 from twofold.infer import Engine, Request, Sampling
-from twofold.infer.backends import BACKENDS, PRECISIONS, BackendName, Precision
+from twofold.infer.backends import BackendName, Precision
 from twofold.infer.files import Answer, Line, answer_lines, read_lines
 from twofold.infer.journal import Journal, fingerprint, refuse_existing
 
@@ -75,13 +82,11 @@ def generate_command(
     lookup: Annotated[
         int, typer.Option(help="Guess up to so many tokens at once from what stands in the text: 0 is off.")
     ] = 0,
-    backend: Annotated[str, typer.Option(help=f"What runs the model: {', '.join(BACKENDS)}.")] = "auto",
-    precision: Annotated[
-        str | None, typer.Option(help=f"{', '.join(PRECISIONS)}; the model's own if not given.")
-    ] = None,
-    threads: Annotated[int | None, typer.Option(help="Of the processor; one for each core.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Answers that are written together.")] = 8,
-    skip_vision: Annotated[bool, typer.Option(help="T5Gemma 2: load without its vision tower.")] = False,
+    backend: BackendOption = "auto",
+    precision: PrecisionOption = None,
+    threads: ThreadsOption = None,
+    batch_size: BatchSizeOption = 8,
+    skip_vision: SkipVisionOption = False,
     json: Annotated[
         bool, typer.Option("--json", help="Answers as JSON lines, and a summary as last line.")
     ] = False,

@@ -11,8 +11,9 @@ import typer
 
 from twofold.checkpoint.load import load
 from twofold.cli.console import note
+from twofold.cli.options import PrecisionOption, SkipVisionOption, ThreadsOption
 from twofold.infer import Engine
-from twofold.infer.backends import BACKENDS, PRECISIONS, BackendName, Precision
+from twofold.infer.backends import BACKENDS, BackendName, Precision
 
 
 def serve_command(
@@ -26,15 +27,13 @@ def serve_command(
     ] = None,
     port: Annotated[int | None, typer.Option(help="Default 8000; 0: any that is free.")] = None,
     backend: Annotated[str, typer.Option(help=f"What runs the models: {', '.join(BACKENDS)}.")] = "auto",
-    precision: Annotated[
-        str | None, typer.Option(help=f"{', '.join(PRECISIONS)}; the model's own if not given.")
-    ] = None,
-    threads: Annotated[int | None, typer.Option(help="Of the processor; one for each core.")] = None,
+    precision: PrecisionOption = None,
+    threads: ThreadsOption = None,
     batch_size: Annotated[int, typer.Option(help="Answers that a model writes together.")] = 8,
     cache_gb: Annotated[
         float | None, typer.Option(help="Of keys and values for each model; default a quarter of the memory.")
     ] = None,
-    skip_vision: Annotated[bool, typer.Option(help="T5Gemma 2: load without its vision tower.")] = False,
+    skip_vision: SkipVisionOption = False,
     api_key_file: Annotated[
         Path | None,
         typer.Option(

@@ -9,7 +9,7 @@ from typing import Any
 
 from fastapi import APIRouter
 from fastapi import Request as HttpRequest
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 
 from twofold.infer import Completion, Delta, Request
 from twofold.serve.completions import by_choice, is_news, wants_usage, whole_delta
@@ -20,7 +20,7 @@ from twofold.serve.replies import ERRORS, STREAMED, ChatReply, usage
 from twofold.serve.schemas import ChatRequest
 from twofold.serve.service import Served, Service
 from twofold.serve.settings import ServeSettings
-from twofold.serve.stream import EventStream
+from twofold.serve.stream import reply
 from twofold.serve.token_text import Reported, TokenReport, TokenTexts
 from twofold.serve.work import Arrived, Work
 
@@ -41,13 +41,7 @@ def chat_router(service: Service) -> APIRouter:
             lambda: [chat_request(served, service.settings, body)],
             needs_grammar=needs_grammar(body, body.response_format),
         )
-        writer = ChatWriter(work, body)
-        if body.stream:
-            return EventStream(work, writer)
-        try:
-            return JSONResponse(writer.whole((await work.completions())[0]))
-        finally:
-            work.close()
+        return await reply(work, ChatWriter(work, body), is_streamed=bool(body.stream))
 
     return router
 
@@ -83,9 +77,10 @@ class ChatWriter:
         }
         self._reports: dict[int, TokenReport] = {}
 
-    def whole(self, completions: Sequence[Completion]) -> dict[str, Any]:
-        """The reply to a request without `stream`."""
+    def whole(self, answers: Sequence[Sequence[Completion]]) -> dict[str, Any]:
+        """See `stream.Writer`."""
         choices = []
+        (completions,) = answers
         for index, completion in enumerate(completions):
             message = {"role": "assistant", "content": completion.text, "refusal": None}
             choices.append({"message": message, **self._choice(index, whole_delta(index, completion))})

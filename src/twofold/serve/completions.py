@@ -10,7 +10,7 @@ from typing import Any
 
 from fastapi import APIRouter
 from fastapi import Request as HttpRequest
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 
 from twofold.infer import Completion, Delta, Request
 from twofold.serve.guard import facts
@@ -19,7 +19,7 @@ from twofold.serve.replies import ERRORS, STREAMED, CompletionReply, usage
 from twofold.serve.schemas import CompletionRequest
 from twofold.serve.service import Served, Service
 from twofold.serve.settings import ServeSettings
-from twofold.serve.stream import EventStream
+from twofold.serve.stream import reply
 from twofold.serve.token_text import Reported, TokenReport, TokenTexts, joined
 from twofold.serve.work import Arrived, Work
 
@@ -42,13 +42,7 @@ def completions_router(service: Service) -> APIRouter:
             lambda: completion_requests(served, service.settings, body),
             needs_grammar=needs_grammar(body),
         )
-        writer = CompletionWriter(work, body)
-        if body.stream:
-            return EventStream(work, writer)
-        try:
-            return JSONResponse(writer.whole(await work.completions()))
-        finally:
-            work.close()
+        return await reply(work, CompletionWriter(work, body), is_streamed=bool(body.stream))
 
     return router
 
@@ -88,7 +82,7 @@ class CompletionWriter:
         self._reports: dict[int, TokenReport] = {}
 
     def whole(self, answers: Sequence[Sequence[Completion]]) -> dict[str, Any]:
-        """The reply to a request without `stream`."""
+        """See `stream.Writer`."""
         choices = [
             self._choice(prompt * self._n + index, whole_delta(index, completion))
             for prompt, completions in enumerate(answers)

@@ -7,9 +7,10 @@ import json
 from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
-from starlette.responses import Response
+from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
+from twofold.infer import Completion
 from twofold.serve.errors import ApiError, error_body
 from twofold.serve.guard import facts
 from twofold.serve.logs import logger
@@ -22,7 +23,11 @@ _PING_S = 15.0
 
 
 class Writer(Protocol):
-    """What the events of an API look like, as JSON objects."""
+    """What the replies of an API look like, as JSON objects: whole, or as events."""
+
+    def whole(self, answers: Sequence[Sequence[Completion]]) -> dict[str, Any]:
+        """The reply to a request without `stream`, given all answers to each prompt."""
+        ...
 
     def first(self) -> Sequence[Any]:
         """Before anything has come."""
@@ -35,6 +40,20 @@ class Writer(Protocol):
     def last(self) -> Sequence[Any]:
         """After everything."""
         ...
+
+
+async def reply(work: Work, writer: Writer, *, is_streamed: bool) -> Response:
+    """What the client gets; the work is closed when that is done.
+
+    Raises:
+        ApiError: see `Work.next`; of a stream, it is an event or its beginning.
+    """
+    if is_streamed:
+        return EventStream(work, writer)
+    try:
+        return JSONResponse(writer.whole(await work.completions()))
+    finally:
+        work.close()
 
 
 class EventStream(Response):
