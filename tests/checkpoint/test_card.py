@@ -79,7 +79,8 @@ def test_the_front_matter_is_what_the_hub_reads():
         ["twofold", "reward-model"],
     )
     assert "load_reward_model" in reward.text
-    assert card_of(History(origin=None), format="t5gemma").data.library_name == "transformers"
+    of_t5gemma = card_of(History(origin=None), format="t5gemma").data.to_dict()
+    assert of_t5gemma["library_name"] == "transformers"
 
 
 @pytest.mark.parametrize(

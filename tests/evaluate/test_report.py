@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 from dataclasses import replace
 from html.parser import HTMLParser
 from itertools import pairwise
@@ -220,25 +219,6 @@ def test_numbers_in_words():
     assert round_steps(1.2, 11, most=4) == [2, 5, 10]
     assert round_steps(150, 900, most=6) == [150, 200, 300, 500, 700]
     assert round_steps(1, 1e7, most=4) == [1, 100, 1e4, 1e6]
-
-
-FLAGS = (
-    "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync"
-).split()
-
-
-@pytest.fixture(scope="module")
-def browser():
-    playwright = pytest.importorskip("playwright.sync_api")
-    names = ("chromium", "chromium-browser", "google-chrome")
-    program = next((path for name in names if (path := shutil.which(name))), None)
-    if program is None:
-        pytest.skip(f"no browser: none of {', '.join(names)} is on this machine")
-    with playwright.sync_playwright() as started:
-        browser = started.chromium.launch(executable_path=program, args=FLAGS)
-        yield browser
-        browser.close()
 
 
 CONTRAST = """() => {

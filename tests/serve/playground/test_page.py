@@ -1,34 +1,16 @@
 """The page in a real browser, on the server of the other tests."""
 
 import re
-import shutil
 import time
 
 import httpx
 import numpy as np
 import pytest
 
-FLAGS = (
-    "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync"
-).split()
 DOCUMENT = (
     "the bridge was closed for nine weeks 🙂 and ferries carried people over water , while engineers replaced"
 )
 INSTRUCTION = "summarise the text in two sentences ."
-
-
-@pytest.fixture(scope="module")
-def browser():
-    playwright = pytest.importorskip("playwright.sync_api")
-    names = ("chromium", "chromium-browser", "google-chrome")
-    program = next((path for name in names if (path := shutil.which(name))), None)
-    if program is None:
-        pytest.skip(f"no browser: none of {', '.join(names)} is on this machine")
-    with playwright.sync_playwright() as started:
-        browser = started.chromium.launch(executable_path=program, args=FLAGS)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture
