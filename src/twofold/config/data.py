@@ -317,7 +317,7 @@ class DataConfig(Config):
             )
         for source in self.held_out:
             _warn_without_effect(source, ("weight", "epochs"), "held-out sources are read once each time")
-        if self.held_out_ngram is not None and not (self.held_out or self.held_out_fraction):
+        if self.held_out_ngram is not None and not self.has_held_out:
             warnings.warn(
                 f"held_out_ngram={self.held_out_ngram} has no effect: nothing is held out", stacklevel=2
             )
@@ -340,3 +340,8 @@ class DataConfig(Config):
         else:
             _warn_without_effect(self, ("max_text_length",), "pairs are taken as they are")
         return self
+
+    @property
+    def has_held_out(self) -> bool:
+        """Something is kept for evaluation."""
+        return bool(self.held_out or self.held_out_fraction)

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from twofold.config.base import Config
 from twofold.config.data import DataConfig
-from twofold.config.recipe import Run
+from twofold.config.recipe import Run, warn_without_held_out
 from twofold.config.rollouts import RolloutEngineConfig
 
 
@@ -68,12 +68,7 @@ class OnPolicyRecipe(Run):
             )
         if share == 0 and self.rollout is not None:
             warnings.warn("rollout has no effect: gkd.on_policy_share is 0", stacklevel=2)
-        if self.evaluate_every is not None and not (self.data.held_out or self.data.held_out_fraction):
-            warnings.warn(
-                f"evaluate_every={self.evaluate_every} has no effect: nothing is held out; set data.held_out or "
-                "data.held_out_fraction",
-                stacklevel=2,
-            )
+        warn_without_held_out(self.evaluate_every, self.data)
         return self
 
     @property

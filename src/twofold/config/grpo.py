@@ -9,7 +9,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from twofold.config.base import Config
-from twofold.config.recipe import Run
+from twofold.config.recipe import Run, warn_without_held_out
 from twofold.config.records import RecordData, RecordSource
 from twofold.config.rewards import RewardConfig
 from twofold.config.rollouts import RolloutEngineConfig
@@ -161,12 +161,7 @@ class PolicyRecipe(Run):
             raise ValueError(f"several rewards are named {', '.join(twice)}; give each a name of its own")
         if all(reward.weight == 0 for reward in self.rewards):
             raise ValueError("all rewards have weight 0, so that there is nothing to learn; raise one")
-        if self.evaluate_every is not None and not self.data.has_held_out:
-            warnings.warn(
-                f"evaluate_every={self.evaluate_every} has no effect: nothing is held out; set data.held_out or "
-                "data.held_out_fraction",
-                stacklevel=2,
-            )
+        warn_without_held_out(self.evaluate_every, self.data)
         return self
 
     def describe_step(self) -> str:

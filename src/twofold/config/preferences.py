@@ -8,7 +8,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from twofold.config.base import Config
-from twofold.config.recipe import Run
+from twofold.config.recipe import Run, warn_without_held_out
 from twofold.config.records import RecordData, RecordSource
 
 
@@ -104,12 +104,7 @@ class PairRun(Run):
 
     @model_validator(mode="after")
     def _evaluations_have_data(self) -> Self:
-        if self.evaluate_every is not None and not self.data.has_held_out:
-            warnings.warn(
-                f"evaluate_every={self.evaluate_every} has no effect: nothing is held out; set data.held_out or "
-                "data.held_out_fraction",
-                stacklevel=2,
-            )
+        warn_without_held_out(self.evaluate_every, self.data)
         return self
 
     def describe_step(self) -> str:

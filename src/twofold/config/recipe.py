@@ -7,7 +7,7 @@ import re
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, Literal, Protocol, Self, TypeVar
 
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
@@ -269,6 +269,25 @@ class Run(TrainSettings):
         raise NotImplementedError
 
 
+class HasHeldOut(Protocol):
+    """Data of any stage."""
+
+    @property
+    def has_held_out(self) -> bool:
+        """Something is kept for evaluation."""
+        ...
+
+
+def warn_without_held_out(evaluate_every: int | None, data: HasHeldOut) -> None:
+    """Evaluations need something to evaluate on."""
+    if evaluate_every is not None and not data.has_held_out:
+        warnings.warn(
+            f"evaluate_every={evaluate_every} has no effect: nothing is held out; set data.held_out or "
+            "data.held_out_fraction",
+            stacklevel=3,
+        )
+
+
 class Recipe(Run):
     """Pre-training, or tuning on given answers."""
 
@@ -286,13 +305,7 @@ class Recipe(Run):
         if (self.stage == "sft") != (objective == "supervised"):
             allowed = "'supervised'" if self.stage == "sft" else "'prefix_lm', 'span_corruption' or 'ul2'"
             raise ValueError(f"stage {self.stage!r} needs data.objective.name {allowed}, got {objective!r}")
-        has_held_out = bool(self.data.held_out or self.data.held_out_fraction)
-        if self.evaluate_every is not None and not has_held_out:
-            warnings.warn(
-                f"evaluate_every={self.evaluate_every} has no effect: nothing is held out; set data.held_out "
-                "or data.held_out_fraction",
-                stacklevel=2,
-            )
+        warn_without_held_out(self.evaluate_every, self.data)
         return self
 
     @property
