@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -234,6 +235,7 @@ def compared(model: EncoderDecoder, recipe: PolicyRecipe) -> dict[str, Figures]:
             if step > 0:
                 kept = [batch for batch in batches if isinstance(batch, RolloutBatch)]
                 figures[name].add(kept, time.perf_counter() - started)
+            print(f"step {step} of {recipe.steps}: {name}", file=sys.stderr)
     return figures
 
 

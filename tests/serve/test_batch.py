@@ -1,6 +1,8 @@
 """`twofold batch`: what a server would answer, in files that can be continued."""
 
 import json
+import re
+import resource
 
 import pytest
 
@@ -159,6 +161,30 @@ def test_a_model_that_fails_ends_the_run(run, pair, tmp_path, monkeypatch):
     assert "has the answers to the first 29 lines" in err
     assert list(records(tmp_path / "out.errors.jsonl")) == [f"id {n}" for n in (3, *range(21, 30))]
     assert list(records(out)) == [f"id {n}" for n in range(1, 21) if n != 3]
+
+
+@pytest.mark.parametrize("bytes_left", [900, 1700])
+def test_a_full_disk_ends_the_run_and_room_continues_it(run, pair, inputs, tmp_path, bytes_left):
+    """The system itself refuses to write on, in the middle of a line, as a quota or a full disk does."""
+    whole, out = tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
+    assert run("batch", pair, inputs, "-o", whole, "--backend", "torch")[0] == 1
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_left, hard))
+    try:
+        status, _, err = run("batch", pair, inputs, "-o", out, "--backend", "torch")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert status == 2
+    assert "File too large" in err
+    assert str(out) in err
+    n_lines = int(re.search(r"has the answers to the first (\d+) lines; go on with: twofold batch", err)[1])
+    assert 0 < n_lines < len(LINES)
+    assert out.stat().st_size <= bytes_left
+    status, _, err = run("batch", pair, inputs, "-o", out, "--backend", "torch", "--resume")
+    assert status == 1
+    assert f"going on after line {n_lines}" in err
+    assert texts(out) == texts(whole)
+    assert list(records(out)) == list(records(whole))
 
 
 def test_lines_without_a_seed_get_their_own():

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -46,24 +45,17 @@ class Journal:
         self.n_lines = self.n_errors = self.n_input_bytes = 0
         if not path.exists():
             write_settings(path, settings)
-            self._file: BinaryIO = open(path, "xb")  # noqa: SIM115
-            return
-        if not resume:
-            refuse_existing(path)
-        refuse_other_settings(path, settings)
-        self._file = open(path, "r+b")  # noqa: SIM115
-        try:
-            self._file.truncate(self._read(lines))
-            self._file.seek(0, os.SEEK_END)
-        except BaseException:
-            self._file.close()
-            raise
+        else:
+            if not resume:
+                refuse_existing(path)
+            refuse_other_settings(path, settings)
+            with open(path, "r+b") as file:
+                file.truncate(self._read(file, lines))
+        self._out = LineWriter(path)
 
     def write(self, answer: Answer) -> None:
         """Add a line, which is in the file on return."""
-        line = json.dumps(answer.to_json(), ensure_ascii=False) + "\n"
-        self._file.write(line.encode("utf-8"))
-        self._file.flush()
+        self._out.write(answer.to_json())
         self.n_lines += 1
         self.n_errors += answer.error is not None
 
@@ -73,12 +65,12 @@ class Journal:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._file.close()
+        self._out.close()
 
-    def _read(self, lines: Iterator[Line]) -> int:
+    def _read(self, file: BinaryIO, lines: Iterator[Line]) -> int:
         """Go through what is there, and through the input with it. Returns where the last whole line ends."""
         end = 0
-        for raw in self._file:
+        for raw in file:
             if not raw.endswith(b"\n"):
                 break
             record = self._record(raw)
@@ -109,6 +101,36 @@ class Journal:
                 "the file cannot be continued; choose another name"
             )
         return record
+
+
+class LineWriter:
+    """JSON lines at the end of a file, made where it is missing; its folder too.
+
+    Nothing waits in a buffer: what a full disk does not take is not tried again when the file is closed, where a second
+    error would hide the first.
+    """
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._path = path
+        self._file = open(path, "ab", buffering=0)  # noqa: SIM115
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Add a line, which is in the file on return.
+
+        Raises:
+            OSError: it is not, or not all of it; the message names the file.
+        """
+        rest = memoryview((json.dumps(record, ensure_ascii=False) + "\n").encode("utf-8"))
+        try:
+            while rest:
+                rest = rest[self._file.write(rest) :]
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self._path)) from error
+
+    def close(self) -> None:
+        """Give the file back."""
+        self._file.close()
 
 
 def refuse_existing(path: Path) -> None:

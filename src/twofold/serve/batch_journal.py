@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Self
 
-from twofold.infer.journal import refuse_existing, refuse_other_settings, write_settings
+from twofold.infer.journal import LineWriter, refuse_existing, refuse_other_settings, write_settings
 from twofold.serve.batch_files import BatchLine, Outcome
 
 
@@ -55,7 +55,7 @@ class BatchJournal:
         self.answers_path, self.errors_path = answers_path, errors_path
         self.rest = lines
         self.n_lines = self.n_errors = self.n_input_bytes = 0
-        self._files: dict[Path, BinaryIO] = {}
+        self._outs: dict[Path, LineWriter] = {}
         if not resume:
             refuse_existing(answers_path)
             refuse_existing(errors_path)
@@ -69,9 +69,7 @@ class BatchJournal:
 
     def write(self, outcome: Outcome) -> None:
         """Add a line, which is in its file on return."""
-        file = self._open(self.answers_path if outcome.is_ok else self.errors_path)
-        file.write((json.dumps(outcome.to_json(), ensure_ascii=False) + "\n").encode("utf-8"))
-        file.flush()
+        self._open(self.answers_path if outcome.is_ok else self.errors_path).write(outcome.to_json())
         self.n_lines += 1
         self.n_errors += not outcome.is_ok
 
@@ -82,14 +80,13 @@ class BatchJournal:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         with ExitStack() as stack:
-            for file in self._files.values():
-                stack.callback(file.close)
+            for out in self._outs.values():
+                stack.callback(out.close)
 
-    def _open(self, path: Path) -> BinaryIO:
-        if path not in self._files:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._files[path] = open(path, "ab")  # noqa: SIM115
-        return self._files[path]
+    def _open(self, path: Path) -> LineWriter:
+        if path not in self._outs:
+            self._outs[path] = LineWriter(path)
+        return self._outs[path]
 
     def _go_on(self, lines: Iterator[BatchLine]) -> None:
         """Walk through input and outcomes until a line has none, and cut off what lies behind it."""
