@@ -11,12 +11,11 @@ from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
-import openvino as ov
 import torch
 from torch import Tensor
 
 from twofold.infer.backends.base import Held, Precision, Start
-from twofold.infer.backends.openvino.compiling import compile_graph
+from twofold.infer.backends.openvino.compiling import Compiler
 from twofold.infer.backends.openvino.decoder import DecoderChain
 from twofold.infer.backends.openvino.encoder import EncoderGraph
 from twofold.infer.backends.openvino.lower import Lowering, WeightFormat
@@ -62,8 +61,9 @@ _FORMATS: dict[Precision, _Formats] = {
 class OpenVinoBackend:
     """Runs an `EncoderDecoder` on the CPU.
 
-    The model's matrices are copied into OpenVINO's own form; the model itself stays for its embeddings and for
-    sources too long for `EncoderGraph`.
+    The model itself stays for its embeddings and for sources too long for `EncoderGraph`. OpenVINO multiplies with
+    matrices in an order of its own, which it makes when they are first used, and in float formats out of the memory of
+    the model's float32 matrices: a model that is changed in place needs a new backend.
 
     Args:
         model: on the CPU, in evaluation mode.
@@ -79,14 +79,10 @@ class OpenVinoBackend:
         settings = formats.settings | {"NUM_STREAMS": 1}
         if threads is not None:
             settings["INFERENCE_NUM_THREADS"] = threads
-        core = ov.Core()
-
-        def compile_model(graph: ov.Model) -> Any:
-            return compile_graph(core, graph, settings)
-
         lowering = Lowering(formats.weights)
-        self._encoder = EncoderGraph(model, lowering, compile_model)
-        self._decoder = DecoderChain(model, lowering, compile_model)
+        with Compiler(settings, threads) as compiler:
+            self._encoder = EncoderGraph(model, lowering, compiler)
+            self._decoder = DecoderChain(model, lowering, compiler)
         decoder = config.decoder
         self._layout = Layout(
             decoder.num_hidden_layers, decoder.num_key_value_heads, decoder.head_dim, formats.cache

@@ -1,14 +1,49 @@
-"""From a graph to what runs it."""
+"""From graphs to what runs them."""
 
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import openvino as ov
+
+
+class Compiler:
+    """Compiles graphs side by side, while others are being made: OpenVINO takes one thread for each.
+
+    A context; at its end all that was asked for is there, or the error that kept a graph from it is raised.
+
+    Args:
+        settings: of OpenVINO's CPU plugin.
+        threads: that compile. None: as many as there are cores.
+    """
+
+    def __init__(self, settings: dict[str, Any], threads: int | None = None) -> None:
+        self._core, self._settings = ov.Core(), settings
+        self._pool = ThreadPoolExecutor(threads or os.cpu_count(), "twofold-compile")
+        self._asked: list[Future[Any]] = []
+
+    def __call__(self, graph: ov.Model) -> Future[Any]:
+        """Will be what runs the graph."""
+        self._asked.append(self._pool.submit(compile_graph, self._core, graph, self._settings))
+        return self._asked[-1]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._pool.shutdown(cancel_futures=error is not None)
+        if error is None:
+            for compiled in self._asked:
+                compiled.result()
 
 
 def compile_graph(core: ov.Core, graph: Any, settings: dict[str, Any]) -> Any:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor
 
 from twofold.config import LayerType
+from twofold.infer.backends.openvino.compiling import Compiler
 from twofold.infer.backends.openvino.lower import Lowering, Node, Rope, ints, model_of, parameter
 from twofold.infer.backends.ragged import Floats
 from twofold.models import EncoderDecoder
@@ -48,7 +50,7 @@ class Attend(Protocol):
 class Piece:
     """One graph of the chain, and the attention that follows it."""
 
-    compiled: Any
+    compiled: Future[Any]
     inputs: tuple[str, ...]
     rope_type: LayerType | None
     """Which rotation it needs."""
@@ -79,12 +81,12 @@ class DecoderChain:
     Args:
         model: whose weights are read; it stays what embeds tokens.
         lowering: how weights are kept.
-        compile_model: from a graph to what runs it.
+        compiler: from a graph to what runs it.
     """
 
-    def __init__(self, model: EncoderDecoder, lowering: Lowering, compile_model: Any) -> None:
+    def __init__(self, model: EncoderDecoder, lowering: Lowering, compiler: Compiler) -> None:
         self._model, self._lower = model, lowering
-        self._pieces = list(self._cut(compile_model))
+        self._pieces = list(self._cut(compiler))
         self._bound: OrderedDict[int, Bound] = OrderedDict()
 
     @torch.no_grad()
@@ -137,7 +139,7 @@ class DecoderChain:
             given = {"x": x, "attended": bound.attended}
             if piece.rope_type is not None:
                 given |= dict(zip(("cos", "sin"), bound.rope[piece.rope_type], strict=True))
-            request = piece.compiled.create_infer_request()
+            request = piece.compiled.result().create_infer_request()
             for name in piece.inputs:
                 request.set_tensor(name, ov.Tensor(given[name], shared_memory=True))
             outputs = [bound.logits]
@@ -155,7 +157,7 @@ class DecoderChain:
             bound.outputs.append(outputs)
         return bound
 
-    def _cut(self, compile_model: Any) -> Iterator[Piece]:
+    def _cut(self, compiler: Compiler) -> Iterator[Piece]:
         """The chain, piece by piece."""
         decoder, lower = self._model.decoder, self._lower
         graph = _Graph(self._model)
@@ -168,7 +170,7 @@ class DecoderChain:
             read = lower.rms_norm(layer.pre_self_attn_layernorm, x)
             q = lower.queries(layer.self_attn, read, rope)
             new = lower.keys_values(layer.self_attn, read, rope)
-            yield graph.piece(compile_model, [] if i == 0 else [x], [q, *new], i, layer.self_attn)
+            yield graph.piece(compiler, [] if i == 0 else [x], [q, *new], i, layer.self_attn)
             graph = _Graph(self._model)
             x = lower.attended(
                 layer.self_attn, layer.post_self_attn_layernorm, graph.input("x"), graph.input("attended")
@@ -178,7 +180,7 @@ class DecoderChain:
                 q = lower.queries(
                     layer.cross_attn, read, graph.rope(layer_type) if decoder.cross_rope else None
                 )
-                yield graph.piece(compile_model, [x], [q], i, layer.cross_attn)
+                yield graph.piece(compiler, [x], [q], i, layer.cross_attn)
                 graph = _Graph(self._model)
                 x = lower.attended(
                     layer.cross_attn,
@@ -188,7 +190,7 @@ class DecoderChain:
                 )
             x = lower.feed_forward(layer, x)
         logits = lower.head(self._model.lm_head, lower.rms_norm(decoder.norm, x))
-        yield graph.piece(compile_model, [], [logits], 0, None)
+        yield graph.piece(compiler, [], [logits], 0, None)
 
 
 class _Graph:
@@ -218,7 +220,7 @@ class _Graph:
 
     def piece(
         self,
-        compile_model: Any,
+        compiler: Compiler,
         state: list[Node],
         others: list[Node],
         layer: int,
@@ -227,7 +229,7 @@ class _Graph:
         """What was made so far, its outputs without the second dimension."""
         outputs = [op.squeeze(node, ints(1)) for node in (*state, *others)]
         return Piece(
-            compiled=compile_model(model_of(outputs, list(self._inputs.values()), "decoder")),
+            compiled=compiler(model_of(outputs, list(self._inputs.values()), "decoder")),
             inputs=tuple(self._inputs),
             rope_type=self._rope_type,
             has_state=bool(state),

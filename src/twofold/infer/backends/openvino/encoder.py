@@ -6,6 +6,7 @@ Letters: B batch, S source tokens, E width of the encoder, N query heads, K key-
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from twofold.config import EncoderMask, LayerType
+from twofold.infer.backends.openvino.compiling import Compiler
 from twofold.infer.backends.openvino.lower import (
     HIDDEN,
     Lowering,
@@ -46,17 +48,17 @@ class EncoderGraph:
     Args:
         model: whose weights are read; it stays what embeds tokens.
         lowering: how weights are kept.
-        compile_model: from a graph to what runs it.
+        compiler: from a graph to what runs it.
     """
 
-    def __init__(self, model: EncoderDecoder, lowering: Lowering, compile_model: Any) -> None:
+    def __init__(self, model: EncoderDecoder, lowering: Lowering, compiler: Compiler) -> None:
         self._model, self._lower = model, lowering
         encoder = model.encoder
         config = encoder.stack_config
         self._kinds: list[Kind] = list(zip(config.layer_types, encoder.layer_masks, strict=True))
         self._is_limited = encoder.future_share < 1.0
         self.is_fused = is_fused(encoder)
-        self._request = compile_model(self._graph()).create_infer_request()
+        self._compiled = compiler(self._graph())
 
     def fits(self, batch_size: int, n_source: int) -> bool:
         """Whether attention over sources of this padded size has room."""
@@ -97,6 +99,10 @@ class EncoderGraph:
         self._request.infer()
         outputs = [torch.from_numpy(self._request.get_output_tensor(i).data) for i in range(self._n_outputs)]
         return list(zip(outputs[::2], outputs[1::2], strict=True))
+
+    @cached_property
+    def _request(self) -> Any:
+        return self._compiled.result().create_infer_request()
 
     def _graph(self) -> ov.Model:
         encoder, decoder = self._model.encoder, self._model.decoder

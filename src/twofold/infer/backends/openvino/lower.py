@@ -117,7 +117,7 @@ class Lowering:
         floats: a row is all that a token is known by."""
         axis = ints(0)
         if self.weights == "float":
-            x = op.gather(_constant(module.weight), ids, axis)
+            x = op.gather(_shared_constant(module.weight), ids, axis)
         else:
             rounded, scale = _int8_rows(module.weight)
             rows = op.convert(op.gather(rounded, ids, axis), np.float32)
@@ -132,7 +132,7 @@ class Lowering:
     def _matrix(self, weight: Tensor) -> Node:
         """A weight [out, in], which multiplies in float32 whatever it is kept in."""
         if self.weights == "float":
-            return _constant(weight)
+            return _shared_constant(weight)
         n_out, n_in = weight.shape
         if self.weights == "int8":
             rounded_rows, row_scale = _int8_rows(weight)
@@ -186,6 +186,11 @@ def ints(*values: int) -> npt.NDArray[np.int64]:
 
 def _constant(x: Tensor) -> Node:
     return op.constant(x.detach().float().contiguous().numpy())
+
+
+def _shared_constant(x: Tensor) -> Node:
+    """Kept in the tensor's own memory where it is float32: OpenVINO's copies of all matrices took as much again."""
+    return op.constant(x.detach().float().contiguous().numpy(), shared_memory=True)
 
 
 def _int8_rows(weight: Tensor) -> tuple[Node, Node]:
