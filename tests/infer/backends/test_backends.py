@@ -104,6 +104,25 @@ def test_rows_of_one_source_move_and_leave(make, meeting):
             assert_same(logits_RV[row], whole_logits(model, SOURCES[0], ids))
 
 
+@every_backend
+def test_many_rows_of_which_one_after_another_leaves(make):
+    """Beyond `decoder._EXACT_TOKENS`, where OpenVINO's calls are filled up with rows that nobody asked for."""
+    model = build(pair_config(gemma_stack()), qk_factor=2.0)
+    backend = make(model)
+    (held, _), (other, _) = backend.start([start(0, n_rows=13), start(2)])
+    texts = [[2, 4 + row] for row in range(13)]
+    for n_rows in (13, 12, 11, 10, 8):
+        held.select(range(n_rows))
+        texts = texts[:n_rows]
+        others, logits_RV = backend.step([other, held], [[9], [ids[-1] for ids in texts]])
+        assert others.isfinite().all()
+        for row, ids in enumerate(texts):
+            assert_same(logits_RV[row], whole_logits(model, SOURCES[0], ids))
+            ids.append((5 * row + len(ids)) % 30 + 3)
+    if isinstance(backend, OpenVinoBackend):
+        assert list(backend._decoder._bound) == [6, 16, 12]
+
+
 def test_memory_of_torch_is_what_was_announced():
     """Sliding layers hold no more than the window of 3; the source lies there once, whatever the rows."""
     backend = TorchBackend(build(pair_config(stack(), layout="merged")))

@@ -30,6 +30,9 @@ from twofold.models import EncoderDecoder
 from twofold.models.attention import Attention
 from twofold.models.stack import DecoderBlock
 
+_EXACT_TOKENS, _TOKENS_STEP = 8, 4
+"""Calls with more tokens are filled up to the next multiple: OpenVINO prepares itself for every size that is new, which
+takes it as long as a step (SmolLM2's pair, 2 cores: 20 ms), and rows that end one by one go through all of them."""
 _KEPT_SIZES = 16
 """Numbers of tokens M for which buffers are kept."""
 _KEPT_TOKENS = 64
@@ -91,25 +94,25 @@ class DecoderChain:
 
     @torch.no_grad()
     def run(self, input_ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
-        """Logits float32 [M, V], in memory that the next call with M tokens writes to.
+        """Logits float32 [M, V], in memory that the next call writes to.
 
         Args:
             input_ids: int64 [M].
             positions: int64 [M].
             attend: stores and reads keys and values.
         """
-        decoder = self._model.decoder
-        bound = self._bound_for(len(input_ids))
-        torch.from_numpy(bound.x).copy_(decoder.embed_tokens(input_ids))
+        decoder, n = self._model.decoder, len(input_ids)
+        bound = self._bound_for(_size(n))
+        torch.from_numpy(bound.x[:n]).copy_(decoder.embed_tokens(input_ids))
         for layer_type, tables in decoder.rope(positions[:, None]).items():
             for into, table in zip(bound.rope[layer_type], tables, strict=True):
-                torch.from_numpy(into).copy_(table[:, 0])
+                torch.from_numpy(into[:n]).copy_(table[:, 0])
         for piece, request, outputs in zip(self._pieces, bound.requests, bound.outputs, strict=True):
             request.infer()
             if piece.attention is not None:
-                q, *new = outputs[int(piece.has_state) :]
-                attend(piece.layer, piece.attention, q, (new[0], new[1]) if new else None, bound.attended)
-        return torch.from_numpy(bound.logits)
+                q, *new = (output[:n] for output in outputs[int(piece.has_state) :])
+                attend(piece.layer, piece.attention, q, (new[0], new[1]) if new else None, bound.attended[:n])
+        return torch.from_numpy(bound.logits[:n])
 
     def _bound_for(self, n_tokens: int) -> Bound:
         if n_tokens in self._bound:
@@ -125,14 +128,14 @@ class DecoderChain:
     def _bind(self, n_tokens: int) -> Bound:
         config = self._model.decoder.stack_config
 
-        def empty(*shape: int) -> Floats:
-            return np.empty((n_tokens, *shape), np.float32)
+        def zeros(*shape: int) -> Floats:
+            return np.zeros((n_tokens, *shape), np.float32)  # no row that only fills up is ever no number
 
         bound = Bound(
-            x=empty(config.hidden_size),
-            attended=empty(config.num_attention_heads, config.head_dim),
-            rope={t: (empty(1, config.head_dim), empty(1, config.head_dim)) for t in config.rope},
-            logits=empty(config.vocab_size),
+            x=zeros(config.hidden_size),
+            attended=zeros(config.num_attention_heads, config.head_dim),
+            rope={t: (zeros(1, config.head_dim), zeros(1, config.head_dim)) for t in config.rope},
+            logits=zeros(config.vocab_size),
         )
         x = bound.x
         for piece in self._pieces:
@@ -144,12 +147,12 @@ class DecoderChain:
                 request.set_tensor(name, ov.Tensor(given[name], shared_memory=True))
             outputs = [bound.logits]
             if piece.attention is not None:
-                q = empty(piece.attention.n_heads, piece.attention.head_dim)
+                q = zeros(piece.attention.n_heads, piece.attention.head_dim)
                 kv = [
-                    empty(piece.attention.n_kv_heads, piece.attention.head_dim)
+                    zeros(piece.attention.n_kv_heads, piece.attention.head_dim)
                     for _ in range(2 * piece.has_new)
                 ]
-                outputs = [empty(config.hidden_size)] * piece.has_state + [q, *kv]
+                outputs = [zeros(config.hidden_size)] * piece.has_state + [q, *kv]
                 x = outputs[0] if piece.has_state else x
             for i, output in enumerate(outputs):
                 request.set_output_tensor(i, ov.Tensor(output, shared_memory=True))
@@ -191,6 +194,11 @@ class DecoderChain:
             x = lower.feed_forward(layer, x)
         logits = lower.head(self._model.lm_head, lower.rms_norm(decoder.norm, x))
         yield graph.piece(compiler, [], [logits], 0, None)
+
+
+def _size(n_tokens: int) -> int:
+    """Of the call that so many tokens are run with."""
+    return n_tokens if n_tokens <= _EXACT_TOKENS else -(-n_tokens // _TOKENS_STEP) * _TOKENS_STEP
 
 
 class _Graph:
