@@ -13,7 +13,6 @@ is room for), L layers.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,9 +23,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from numba import types
-from numba.core import cgutils
-from numba.extending import intrinsic, overload
+from numba.extending import overload
 from torch import Tensor
+
+from twofold.infer.backends.jit import FAST, as_bits, exp, f32, load, pointer
 
 CacheDtype = Literal["float32", "bfloat16", "int8"]
 
@@ -170,66 +170,6 @@ def limited_threads(threads: int | None) -> Iterator[None]:
 
 # --- compiled ---------------------------------------------------------------------------------------------------------
 
-_FAST = {"reassoc", "contract", "nsz", "arcp", "nnan", "ninf"}
-_f = np.float32
-
-
-@intrinsic  # type: ignore[untyped-decorator]
-def _pointer(typing_context: Any, address: Any) -> Any:
-    """int64 to void*."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.inttoptr(arguments[0], cgutils.voidptr_t)
-
-    return types.voidptr(types.int64), generate
-
-
-@intrinsic  # type: ignore[untyped-decorator]
-def _as_float(typing_context: Any, bits: Any) -> Any:
-    """The float32 of these 32 bits."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.bitcast(arguments[0], context.get_value_type(types.float32))
-
-    return types.float32(types.uint32), generate
-
-
-@intrinsic  # type: ignore[untyped-decorator]
-def _as_bits(typing_context: Any, number: Any) -> Any:
-    """The 32 bits of this float32."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.bitcast(arguments[0], context.get_value_type(types.uint32))
-
-    return types.uint32(types.float32), generate
-
-
-def _load(stored: Any, i: int) -> Any:
-    """stored[i] as float32, without its scale."""
-
-
-@overload(_load, strict=False)  # type: ignore[untyped-decorator]
-def _load_of(stored: Any, i: Any) -> Callable[..., Any]:
-    if stored.dtype == types.uint16:
-        return lambda stored, i: _as_float(np.uint32(stored[i]) << np.uint32(16))
-    return lambda stored, i: np.float32(stored[i])
-
-
-@numba.njit(fastmath=_FAST, error_model="numpy")  # type: ignore[untyped-decorator]
-def _exp(x: Any) -> Any:
-    """e^x in float32 to 3e-7, in a form that vectorises: a polynomial (Cephes' expf) times a power of two."""
-    x = max(min(x, _f(88.0)), _f(-87.0))
-    n = _f(math.floor(x * _f(1.44269504) + _f(0.5)))
-    r = x - n * _f(0.693359375) - n * _f(-2.12194440e-4)
-    p = _f(1.9875691500e-4)
-    p = p * r + _f(1.3981999507e-3)
-    p = p * r + _f(8.3334519073e-3)
-    p = p * r + _f(4.1665795894e-2)
-    p = p * r + _f(1.6666665459e-1)
-    p = p * r + _f(5.0000001201e-1)
-    power = np.uint32(np.int32(n) + np.int32(127)) << np.uint32(23)
-    return (p * r * r + r + _f(1.0)) * _as_float(power)
-
 
 def _store_one(stored: Any, scales: Any, start: int, step: int, place: int, x: Any) -> None:
     """x [H] into stored[start + h * step], rounded to nearest; its scale, if there is one, into scales[place]."""
@@ -248,19 +188,19 @@ def _store_one_of(stored: Any, scales: Any, start: Any, step: Any, place: Any, x
 
         def store_bfloat(stored: Any, scales: Any, start: Any, step: Any, place: Any, x: Any) -> None:
             for h in range(x.shape[0]):
-                bits = _as_bits(x[h])
+                bits = as_bits(x[h])
                 odd = (bits >> np.uint32(16)) & np.uint32(1)
                 stored[start + h * step] = np.uint16((bits + np.uint32(0x7FFF) + odd) >> np.uint32(16))
 
         return store_bfloat
 
     def store_int(stored: Any, scales: Any, start: Any, step: Any, place: Any, x: Any) -> None:
-        largest = _f(1e-30)
+        largest = f32(1e-30)
         for h in range(x.shape[0]):
             largest = max(largest, abs(x[h]))
         for h in range(x.shape[0]):
-            stored[start + h * step] = np.int8(round(x[h] * (_f(127.0) / largest)))
-        scales[place] = largest / _f(127.0)
+            stored[start + h * step] = np.int8(round(x[h] * (f32(127.0) / largest)))
+        scales[place] = largest / f32(127.0)
 
     return store_int
 
@@ -271,9 +211,9 @@ def _store(k_MKH: Any, v_MKH: Any, table: Any, layer: int, witness: Any) -> None
     for m in range(n_tokens):
         columns, column = table[m, OWN_COLUMNS], table[m, OWN_INDEX]
         size = n_kv_heads * columns * head_dim
-        data = numba.carray(_pointer(table[m, OWN_DATA]), ((layer + 1) * 2 * size,), witness.dtype)
+        data = numba.carray(pointer(table[m, OWN_DATA]), ((layer + 1) * 2 * size,), witness.dtype)
         places = n_kv_heads * columns
-        scales = numba.carray(_pointer(table[m, OWN_SCALES]), ((layer + 1) * 2 * places,), np.float32)
+        scales = numba.carray(pointer(table[m, OWN_SCALES]), ((layer + 1) * 2 * places,), np.float32)
         for head in range(n_kv_heads):
             start = layer * 2 * size + head * head_dim * columns + column
             place = layer * 2 * places + head * columns + column
@@ -282,11 +222,11 @@ def _store(k_MKH: Any, v_MKH: Any, table: Any, layer: int, witness: Any) -> None
             _store_one(data, scales, start, 1, place + places, v_MKH[m, head])
 
 
-@numba.njit(fastmath=_FAST, error_model="numpy")  # type: ignore[untyped-decorator]
+@numba.njit(fastmath=FAST, error_model="numpy")  # type: ignore[untyped-decorator]
 def _scores(q: Any, keys: Any, columns: int, first: int, last: int, out: Any) -> None:
     """q [H] times the keys of one head, [H C], of columns first to last - 1, into `out`, [last - first]."""
     n = last - first
-    out[:] = _f(0.0)
+    out[:] = f32(0.0)
     whole = q.shape[0] // 4 * 4
     for h in range(0, whole, 4):  # slices: indices that count from their begin need no check for a sign
         start = h * columns + first
@@ -296,15 +236,15 @@ def _scores(q: Any, keys: Any, columns: int, first: int, last: int, out: Any) ->
         four = keys[start + 3 * columns : start + 3 * columns + n]
         a, b, c, d = q[h], q[h + 1], q[h + 2], q[h + 3]
         for s in range(n):
-            out[s] += a * _load(one, s) + b * _load(two, s) + c * _load(three, s) + d * _load(four, s)
+            out[s] += a * load(one, s) + b * load(two, s) + c * load(three, s) + d * load(four, s)
     for h in range(whole, q.shape[0]):
         start = h * columns + first
         one, a = keys[start : start + n], q[h]
         for s in range(n):
-            out[s] += a * _load(one, s)
+            out[s] += a * load(one, s)
 
 
-@numba.njit(fastmath=_FAST, error_model="numpy")  # type: ignore[untyped-decorator]
+@numba.njit(fastmath=FAST, error_model="numpy")  # type: ignore[untyped-decorator]
 def _mix(weights: Any, values: Any, first: int, out: Any) -> None:
     """Add the values of one head, [C H], from column `first` on to `out` [H], by weight."""
     head_dim, n = out.shape[0], weights.shape[0]
@@ -316,36 +256,36 @@ def _mix(weights: Any, values: Any, first: int, out: Any) -> None:
         three, four = values[start : start + head_dim], values[start + head_dim : start + 2 * head_dim]
         a, b, c, d = weights[s], weights[s + 1], weights[s + 2], weights[s + 3]
         for h in range(head_dim):
-            out[h] += a * _load(one, h) + b * _load(two, h) + c * _load(three, h) + d * _load(four, h)
+            out[h] += a * load(one, h) + b * load(two, h) + c * load(three, h) + d * load(four, h)
     for s in range(whole, n):
         start = (first + s) * head_dim
         one, a = values[start : start + head_dim], weights[s]
         for h in range(head_dim):
-            out[h] += a * _load(one, h)
+            out[h] += a * load(one, h)
 
 
-@numba.njit(fastmath=_FAST, error_model="numpy")  # type: ignore[untyped-decorator]
+@numba.njit(fastmath=FAST, error_model="numpy")  # type: ignore[untyped-decorator]
 def _softmax(scores: Any, softcap: Any) -> None:
     """In place, after the soft-cap if it is above 0: softcap * tanh(x / softcap)."""
     n = scores.shape[0]
-    if softcap > _f(0.0):
+    if softcap > f32(0.0):
         for s in range(n):
-            scores[s] = softcap - _f(2.0) * softcap / (_exp(_f(2.0) * scores[s] / softcap) + _f(1.0))
-    highest = _f(-3e38)
+            scores[s] = softcap - f32(2.0) * softcap / (exp(f32(2.0) * scores[s] / softcap) + f32(1.0))
+    highest = f32(-3e38)
     for s in range(n):
         highest = max(highest, scores[s])
-    total = _f(0.0)
+    total = f32(0.0)
     for s in range(n):
-        weight = _exp(scores[s] - highest)
+        weight = exp(scores[s] - highest)
         scores[s] = weight
         total += weight
     if n > 0:
-        factor = _f(1.0) / total
+        factor = f32(1.0) / total
         for s in range(n):
             scores[s] *= factor
 
 
-@numba.njit(fastmath=_FAST, error_model="numpy")  # type: ignore[untyped-decorator]
+@numba.njit(fastmath=FAST, error_model="numpy")  # type: ignore[untyped-decorator]
 def _attend_one(
     place: int,
     q_MNH: Any,
@@ -377,7 +317,7 @@ def _attend_one(
     for group in range(n_groups):
         for h in range(head_dim):
             q[h] = q_MNH[m, head * n_groups + group, h] * scale
-            mixed[h] = _f(0.0)
+            mixed[h] = f32(0.0)
         for which in range(2):  # keys, then values
             for part in range(2):  # source, then own
                 data_at, columns, first, last = (
@@ -398,7 +338,7 @@ def _attend_one(
                 if last <= first:
                     continue
                 size, places = n_kv_heads * columns * head_dim, n_kv_heads * columns
-                data = numba.carray(_pointer(data_at), ((layer + 1) * 2 * size,), witness.dtype)
+                data = numba.carray(pointer(data_at), ((layer + 1) * 2 * size,), witness.dtype)
                 start = (layer * 2 + which) * size + head * columns * head_dim
                 of_head = data[start : start + columns * head_dim]
                 seen = weights[begin : begin + last - first]
@@ -406,7 +346,7 @@ def _attend_one(
                     _scores(q, of_head, columns, first, last, seen)
                 if n_scales > 0:
                     n = (layer + 1) * 2 * places
-                    scales = numba.carray(_pointer(scales_at), (n,), np.float32)
+                    scales = numba.carray(pointer(scales_at), (n,), np.float32)
                     start = (layer * 2 + which) * places + head * columns
                     seen *= scales[start + first : start + last]
                 if which == 1:
@@ -420,13 +360,13 @@ def _attend_one(
 # Two functions of two names: by its name numba's cache on disk would take the one for the other.
 
 
-@numba.njit(fastmath=_FAST, error_model="numpy", nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@numba.njit(fastmath=FAST, error_model="numpy", nogil=True, cache=True)  # type: ignore[untyped-decorator]
 def _attend_alone(n_places: int, *arguments: Any) -> None:
     for place in range(n_places):
         _attend_one(place, *arguments)
 
 
-@numba.njit(fastmath=_FAST, error_model="numpy", nogil=True, cache=True, parallel=True)  # type: ignore[untyped-decorator]
+@numba.njit(fastmath=FAST, error_model="numpy", nogil=True, cache=True, parallel=True)  # type: ignore[untyped-decorator]
 def _attend_together(n_places: int, *arguments: Any) -> None:
     for place in numba.prange(n_places):
         _attend_one(place, *arguments)

@@ -20,6 +20,7 @@ import openvino.opset15 as op
 import torch
 from torch import Tensor, nn
 
+from twofold.infer.backends.matrices import int8_rows
 from twofold.models.attention import Attention
 from twofold.models.encoder_decoder import LMHead
 from twofold.models.layers import Embedding, GatedMLP, RMSNorm
@@ -195,8 +196,7 @@ def _shared_constant(x: Tensor) -> Node:
 
 def _int8_rows(weight: Tensor) -> tuple[Node, Node]:
     """A matrix in int8, and the scale of each row, [out, 1]."""
-    scale = weight.float().abs().amax(dim=1, keepdim=True).clamp(min=1e-30) / 127.0
-    rounded = (weight.float() / scale).round_().to(torch.int8)
+    rounded, scale = int8_rows(weight)
     return op.constant(rounded.numpy()), _constant(scale)
 
 
