@@ -298,3 +298,18 @@ def test_lower_precisions_are_near(precision, most):
             error = (ours - theirs).square().mean().sqrt() / theirs.std()
             assert 1e-4 < error < most
             (theirs,), (ours,) = exact.step([held], tokens)[0], near.step([other], tokens)[0]
+
+
+def test_sources_are_padded_to_few_lengths():
+    """OpenVINO remembers every shape; what padding adds is bounded."""
+    lengths = [backend_module.padded_length(n) for n in range(1, 4097)]
+    assert all(n <= length <= max(n * 9 / 8, n + 7) for n, length in enumerate(lengths, start=1))
+    assert lengths == sorted(lengths)
+    assert len(set(lengths)) == 64 / 8 + 6 * 8
+    backend = openvino(build(pair_config(stack(), layout="merged")))
+    seen, run = [], backend._encoder.run
+    backend._encoder.run = lambda ids, is_real: (
+        seen.append((tuple(ids.shape), is_real.sum(1).tolist())) or run(ids, is_real)
+    )
+    backend.start([start(0), start(3)])
+    assert seen == [((2, 16), [7, 12])]
