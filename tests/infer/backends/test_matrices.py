@@ -6,8 +6,9 @@ from torch import nn
 
 from tests.models.tiny import MEETINGS, assert_same, build, gemma_stack, meeting_id, pair_config, stack
 from twofold.infer.backends import narrow
-from twofold.infer.backends.matrices import Matrices, int8_rows
+from twofold.infer.backends.matrices import Matrices
 from twofold.infer.backends.narrow import NarrowDecoder
+from twofold.infer.backends.rounding import int8_rows
 
 FORMATS = ("float32", "bfloat16", "int8")
 

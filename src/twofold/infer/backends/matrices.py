@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from twofold.infer.backends.jit import exp, f32, load, pointer
+from twofold.infer.backends.rounding import int8_rows
 
 MatrixFormat = Literal["float32", "bfloat16", "int8"]
 
@@ -72,12 +73,6 @@ class Matrices:
             return 0
         self._kept.append(array)
         return array.ctypes.data
-
-
-def int8_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """A matrix in int8, and the float32 scale of each row, [O, 1]: its largest number becomes 127."""
-    scale = weight.detach().float().abs().amax(dim=1, keepdim=True).clamp(min=1e-30) / 127.0
-    return (weight.detach().float() / scale).round_().to(torch.int8), scale
 
 
 def _stored(weight: Tensor, format: MatrixFormat) -> tuple[npt.NDArray[Any], npt.NDArray[Any] | None]:

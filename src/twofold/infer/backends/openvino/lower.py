@@ -20,7 +20,7 @@ import openvino.opset15 as op
 import torch
 from torch import Tensor, nn
 
-from twofold.infer.backends.matrices import int8_rows
+from twofold.infer.backends.rounding import int8_rows
 from twofold.models.attention import Attention
 from twofold.models.encoder_decoder import LMHead
 from twofold.models.layers import Embedding, GatedMLP, RMSNorm
