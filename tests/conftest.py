@@ -1,8 +1,10 @@
 """Fixtures that several areas share."""
 
+import resource
 import shutil
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import pytest
@@ -82,6 +84,22 @@ def text_model(byte_tokenizer: Any) -> Callable[..., EncoderDecoder]:
         return model
 
     return make
+
+
+@pytest.fixture
+def full_disk_after() -> Callable[[int], AbstractContextManager[None]]:
+    """Inside, the system itself refuses to write a file beyond so many bytes, as a quota or a full disk does."""
+
+    @contextmanager
+    def limited(n_bytes: int) -> Iterator[None]:
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, hard))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    return limited
 
 
 @pytest.fixture

@@ -1,5 +1,4 @@
 import json
-import resource
 from dataclasses import replace
 
 import pytest
@@ -75,17 +74,12 @@ def test_cut_anywhere_and_resumed_it_is_the_same(tmp_path, whole):
         assert journal.n_input_bytes == sum(10 * number for number in range(1, n_done + 1))
 
 
-def test_a_full_disk_is_named_and_room_continues_it(tmp_path, whole):
-    """The system refuses to write beyond a size, in the middle of line 3, and again at closing."""
+def test_a_full_disk_is_named_and_room_continues_it(tmp_path, whole, full_disk_after):
+    """In the middle of line 3, and again at closing."""
     path = tmp_path / "out.jsonl"
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     n_bytes = whole.index(b"id 3")
-    resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, hard))
-    try:
-        with pytest.raises(OSError, match=r"File too large: .*out\.jsonl"):
-            run(path, 5)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    with full_disk_after(n_bytes), pytest.raises(OSError, match=r"File too large: .*out\.jsonl"):
+        run(path, 5)
     assert path.read_bytes() == whole[:n_bytes]
     run(path, 5, resume=True)
     assert path.read_bytes() == whole

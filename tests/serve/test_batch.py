@@ -2,7 +2,6 @@
 
 import json
 import re
-import resource
 
 import pytest
 
@@ -164,16 +163,14 @@ def test_a_model_that_fails_ends_the_run(run, pair, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("bytes_left", [900, 1700])
-def test_a_full_disk_ends_the_run_and_room_continues_it(run, pair, inputs, tmp_path, bytes_left):
-    """The system itself refuses to write on, in the middle of a line, as a quota or a full disk does."""
+def test_a_full_disk_ends_the_run_and_room_continues_it(
+    run, pair, inputs, tmp_path, full_disk_after, bytes_left
+):
+    """In the middle of a line."""
     whole, out = tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
     assert run("batch", pair, inputs, "-o", whole, "--backend", "torch")[0] == 1
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_left, hard))
-    try:
+    with full_disk_after(bytes_left):
         status, _, err = run("batch", pair, inputs, "-o", out, "--backend", "torch")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert status == 2
     assert "File too large" in err
     assert str(out) in err

@@ -4,7 +4,7 @@ Nothing goes over the disk. Where it can, the engine runs the very parameters th
 no weight is copied. Else it runs a copy in memory that is filled before each rollout: in another precision, whole
 beside a model that is sharded over ranks, or with an adapter merged. What OpenVINO has compiled holds weights in an
 order of its own that cannot be written to from outside, so that backend is made anew from memory: for SmolLM2-135M's
-pair some seconds each time.
+pair a second or two each time.
 """
 
 from __future__ import annotations

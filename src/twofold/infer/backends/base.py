@@ -9,7 +9,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+import numpy as np
+import numpy.typing as npt
 from torch import Tensor
+
+from twofold.models.attention import Attention
+
+Floats = npt.NDArray[np.float32]
 
 BackendName = Literal["auto", "torch", "openvino"]
 Precision = Literal["float32", "bfloat16", "int8", "int4"]
@@ -102,5 +108,36 @@ class Backend(Protocol):
 
         Returns:
             The logits of the token after each of them, float32 [T, V].
+        """
+        ...
+
+
+class Attend(Protocol):
+    """Attention of one sub-layer over what is kept of every token's row, for a `DecoderRun`.
+
+    Letters: M tokens, N query heads, K key-value heads, H head_dim.
+    """
+
+    def __call__(
+        self, layer: int, attention: Attention, q: Floats, new: tuple[Floats, Floats] | None, out: Floats
+    ) -> None:
+        """Into `out` [M, N, H], from queries `q` [M, N, H].
+
+        Args:
+            new: keys and values [M, K, H] of the tokens themselves; None for cross-attention.
+        """
+        ...
+
+
+class DecoderRun(Protocol):
+    """Runs the decoder over M tokens of any rows and places, on the CPU."""
+
+    def run(self, input_ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+        """Logits float32 [M, V], in memory that the next call writes to.
+
+        Args:
+            input_ids: int64 [M].
+            positions: int64 [M].
+            attend: stores and reads keys and values.
         """
         ...

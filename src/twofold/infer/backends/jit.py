@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import numba
 import numpy as np
@@ -16,6 +16,12 @@ FAST = {"reassoc", "contract", "nsz", "arcp", "nnan", "ninf"}
 """What may be done to floats: sums in any order, above all."""
 
 f32 = np.float32
+
+StoredDtype = Literal["float32", "bfloat16", "int8"]
+"""How numbers are kept in memory; what is computed with them is float32."""
+
+STORED: dict[StoredDtype, Any] = {"float32": np.float32, "bfloat16": np.uint16, "int8": np.int8}
+"""What the memory of each is to numpy; numba tells the three apart by it."""
 
 
 @intrinsic  # type: ignore[untyped-decorator]
@@ -73,3 +79,9 @@ def exp(x: Any) -> Any:
     p = p * r + f32(5.0000001201e-1)
     power = np.uint32(np.int32(n) + np.int32(127)) << np.uint32(23)
     return (p * r * r + r + f32(1.0)) * as_float(power)
+
+
+@numba.njit(fastmath=FAST, error_model="numpy")  # type: ignore[untyped-decorator]
+def softcapped(x: Any, cap: Any) -> Any:
+    """cap * tanh(x / cap)."""
+    return cap - f32(2.0) * cap / (exp(f32(2.0) * x / cap) + f32(1.0))

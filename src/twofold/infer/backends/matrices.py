@@ -13,7 +13,7 @@ Letters: M tokens, I inputs, O outputs.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numba
 import numpy as np
@@ -21,15 +21,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from twofold.infer.backends.jit import exp, f32, load, pointer
+from twofold.infer.backends.base import Floats
+from twofold.infer.backends.jit import STORED, StoredDtype, f32, load, pointer, softcapped
 from twofold.infer.backends.rounding import int8_rows
-
-MatrixFormat = Literal["float32", "bfloat16", "int8"]
-
-_STORED: dict[MatrixFormat, Any] = {"float32": np.float32, "bfloat16": np.uint16, "int8": np.int8}
-"""What the memory of each is to numpy; numba tells the three apart by it."""
-
-Floats = npt.NDArray[np.float32]
 
 WEIGHTS, SCALES, BIAS, OUTPUTS = range(4)
 """What a table says of each matrix: where its weights begin, its scales and biases (0: none), and its rows."""
@@ -49,9 +43,9 @@ class Matrices:
     """
 
     def __init__(
-        self, modules: Sequence[nn.Linear], format: MatrixFormat, *, softcap: float | None = None
+        self, modules: Sequence[nn.Linear], format: StoredDtype, *, softcap: float | None = None
     ) -> None:
-        self._witness = np.empty(0, _STORED[format])
+        self._witness = np.empty(0, STORED[format])
         self._softcap = np.float32(softcap or 0.0)
         self._kept: list[npt.NDArray[Any]] = []
         rows = []
@@ -75,7 +69,7 @@ class Matrices:
         return array.ctypes.data
 
 
-def _stored(weight: Tensor, format: MatrixFormat) -> tuple[npt.NDArray[Any], npt.NDArray[Any] | None]:
+def _stored(weight: Tensor, format: StoredDtype) -> tuple[npt.NDArray[Any], npt.NDArray[Any] | None]:
     """Contiguous weights, and scales where the format has them."""
     weight = weight.detach()
     if format == "float32":
@@ -99,9 +93,8 @@ _BLOCK = 32
 def _one(weights: Any, n: int, first: int, last: int, x: Any, out: Any) -> None:
     """Rows first to last - 1 of a matrix times one token, x [I], into out [1, last - first]."""
     for o in range(first, last):
-        w = weights[
-            o * n : (o + 1) * n
-        ]  # slices: indices that count from their begin need no check for a sign
+        # A slice: indices that count from their begin need no check for a sign.
+        w = weights[o * n : (o + 1) * n]
         a = f32(0.0)
         for i in range(n):
             a += load(w, i) * x[i]
@@ -135,8 +128,8 @@ def _finish(sums: Any, entry: Any, first: int, softcap: Any, out: Any) -> None:
             sums[o] += bias[o]
     if softcap > f32(0.0):
         for o in range(n):
-            capped = softcap - f32(2.0) * softcap / (exp(f32(2.0) * sums[o] / softcap) + f32(1.0))
-            sums[o] = capped + (sums[o] - sums[o])  # 0, or no number where there was none
+            # The difference is 0, or no number where there was none.
+            sums[o] = softcapped(sums[o], softcap) + (sums[o] - sums[o])
     for o in range(n):
         out[o] = sums[o]
 

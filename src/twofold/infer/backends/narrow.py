@@ -9,7 +9,7 @@ Letters: M tokens, D width, F width of the MLP, N query heads, K key-value heads
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,16 +19,13 @@ import torch
 from torch import Tensor, nn
 
 from twofold.config import LayerType
-from twofold.infer.backends.jit import FAST, exp, f32
-from twofold.infer.backends.matrices import Floats, Matrices, MatrixFormat
+from twofold.infer.backends.base import Attend, Floats
+from twofold.infer.backends.jit import FAST, StoredDtype, exp, f32
+from twofold.infer.backends.matrices import Matrices
 from twofold.models import EncoderDecoder
 from twofold.models.attention import Attention
 from twofold.models.layers import RMSNorm
 from twofold.models.stack import DecoderBlock
-
-Attend = Callable[[int, Attention, Floats, "tuple[Floats, Floats] | None", Floats], None]
-"""Of a layer: its attention, queries [M, N, H], keys and values [M, K, H] of the tokens themselves (None for
-cross-attention), and where the result goes, [M, N, H]."""
 
 _ACTIVATIONS = {"silu": 0, "gelu_pytorch_tanh": 1, "gelu": 2}
 
@@ -77,14 +74,14 @@ class _Layer:
 
 
 class NarrowDecoder:
-    """Runs the decoder over M tokens, in a time that hardly depends on M as long as that is small.
+    """`DecoderRun` for few tokens: one or two take the time that the matrices take to be read.
 
     Args:
         model: whose weights are read; it stays what embeds tokens.
         format: how matrices are kept, see `Matrices`.
     """
 
-    def __init__(self, model: EncoderDecoder, format: MatrixFormat) -> None:
+    def __init__(self, model: EncoderDecoder, format: StoredDtype) -> None:
         self._model = model
         decoder = model.decoder
         self._activation = _ACTIVATIONS[decoder.stack_config.hidden_activation]
@@ -110,13 +107,7 @@ class NarrowDecoder:
 
     @torch.no_grad()
     def run(self, input_ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
-        """Logits float32 [M, V], in memory that the next call with M tokens writes to.
-
-        Args:
-            input_ids: int64 [M].
-            positions: int64 [M].
-            attend: stores and reads keys and values.
-        """
+        """See `DecoderRun`."""
         decoder, n_tokens = self._model.decoder, len(input_ids)
         x_MD = decoder.embed_tokens(input_ids).float().numpy()
         rope = {
@@ -168,13 +159,13 @@ class NarrowDecoder:
 _NO_TABLE = np.empty((0, 0), np.float32)
 
 
-def _own_attention(layer: DecoderBlock, layer_type: LayerType, format: MatrixFormat) -> _Sublayer:
+def _own_attention(layer: DecoderBlock, layer_type: LayerType, format: StoredDtype) -> _Sublayer:
     projections = [layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj]
     norms = layer.pre_self_attn_layernorm, layer.post_self_attn_layernorm
     return _sublayer(layer.self_attn, projections, norms, layer_type, format)
 
 
-def _cross_attention(layer: DecoderBlock, rope_type: LayerType | None, format: MatrixFormat) -> _Sublayer:
+def _cross_attention(layer: DecoderBlock, rope_type: LayerType | None, format: StoredDtype) -> _Sublayer:
     norms = layer.pre_cross_attn_layernorm, layer.post_cross_attn_layernorm
     return _sublayer(layer.cross_attn, [layer.cross_attn.q_proj], norms, rope_type, format)
 
@@ -184,7 +175,7 @@ def _sublayer(
     projections: Sequence[nn.Linear],
     norms: tuple[nn.Module, nn.Module],
     rope_type: LayerType | None,
-    format: MatrixFormat,
+    format: StoredDtype,
 ) -> _Sublayer:
     before, after = norms
     return _Sublayer(

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numba
 import numpy as np
@@ -26,17 +26,11 @@ from numba import types
 from numba.extending import overload
 from torch import Tensor
 
-from twofold.infer.backends.jit import FAST, as_bits, exp, f32, load, pointer
-
-CacheDtype = Literal["float32", "bfloat16", "int8"]
-
-_STORED: dict[CacheDtype, Any] = {"float32": np.float32, "bfloat16": np.uint16, "int8": np.int8}
-"""What the memory of each is to numpy; numba tells the three apart by it."""
+from twofold.infer.backends.base import Floats
+from twofold.infer.backends.jit import FAST, STORED, StoredDtype, as_bits, exp, f32, load, pointer, softcapped
 
 _ALONE = 400_000
 """Multiplications below which a second thread costs more than it takes over."""
-
-Floats = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,12 +40,12 @@ class Layout:
     n_layers: int
     n_kv_heads: int
     head_dim: int
-    dtype: CacheDtype
+    dtype: StoredDtype
 
     @property
     def bytes_per_column(self) -> int:
         """Of one token: keys and values in all layers."""
-        size: int = np.dtype(_STORED[self.dtype]).itemsize
+        size: int = np.dtype(STORED[self.dtype]).itemsize
         per_head = self.head_dim * size + (4 if self.dtype == "int8" else 0)
         return 2 * self.n_layers * self.n_kv_heads * per_head
 
@@ -67,7 +61,7 @@ class Columns:
     def __init__(self, layout: Layout, n_columns: int) -> None:
         self.layout, self.n_columns = layout, n_columns
         per_layer = layout.n_kv_heads * n_columns
-        self.data = np.empty((layout.n_layers, 2, per_layer * layout.head_dim), _STORED[layout.dtype])
+        self.data = np.empty((layout.n_layers, 2, per_layer * layout.head_dim), STORED[layout.dtype])
         self.scales = np.empty((layout.n_layers, 2, per_layer if layout.dtype == "int8" else 0), np.float32)
 
     @property
@@ -133,7 +127,7 @@ def attend(
         reads_source: the source is looked at; without `new` it must be.
         scale, softcap: as in `models.attention.attend`.
     """
-    witness = np.empty(0, _STORED[layout.dtype])
+    witness = np.empty(0, STORED[layout.dtype])
     n_seen = 0
     if reads_source:
         n_seen += int((table[:, SOURCE_COLUMNS] - table[:, SOURCE_FIRST]).sum())
@@ -270,7 +264,7 @@ def _softmax(scores: Any, softcap: Any) -> None:
     n = scores.shape[0]
     if softcap > f32(0.0):
         for s in range(n):
-            scores[s] = softcap - f32(2.0) * softcap / (exp(f32(2.0) * scores[s] / softcap) + f32(1.0))
+            scores[s] = softcapped(scores[s], softcap)
     highest = f32(-3e38)
     for s in range(n):
         highest = max(highest, scores[s])

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from twofold.infer.backends.base import Held, Precision, Start
-from twofold.infer.backends.matrices import MatrixFormat
+from twofold.infer.backends.base import DecoderRun, Floats, Held, Precision, Start
+from twofold.infer.backends.jit import StoredDtype
 from twofold.infer.backends.narrow import NarrowDecoder
 from twofold.infer.backends.openvino.compiling import Compiler
 from twofold.infer.backends.openvino.decoder import DecoderChain
@@ -26,9 +26,7 @@ from twofold.infer.backends.openvino.lower import Lowering, WeightFormat
 from twofold.infer.backends.ragged import (
     OWN_INDEX,
     SOURCE_COLUMNS,
-    CacheDtype,
     Columns,
-    Floats,
     Layout,
     attend,
     limited_threads,
@@ -44,9 +42,9 @@ class _Formats:
     """What a precision stands for."""
 
     weights: WeightFormat
-    narrow: MatrixFormat | None
+    narrow: StoredDtype | None
     """Of calls with few tokens; None: they are run as all others."""
-    cache: CacheDtype
+    cache: StoredDtype
     settings: dict[str, Any]
     """Of OpenVINO's CPU plugin."""
 
@@ -186,7 +184,7 @@ class OpenVinoBackend:
                 softcap=attention.softcap,
             )
 
-        runs: NarrowDecoder | DecoderChain = self._decoder
+        runs: DecoderRun = self._decoder
         if self._narrow is not None and len(ids) <= self._n_narrow:
             runs = self._narrow
         with limited_threads(self._threads):

@@ -14,7 +14,7 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import openvino as ov
@@ -23,9 +23,9 @@ import torch
 from torch import Tensor
 
 from twofold.config import LayerType
+from twofold.infer.backends.base import Attend, Floats
 from twofold.infer.backends.openvino.compiling import Compiler
 from twofold.infer.backends.openvino.lower import Lowering, Node, Rope, ints, model_of, parameter
-from twofold.infer.backends.ragged import Floats
 from twofold.models import EncoderDecoder
 from twofold.models.attention import Attention
 from twofold.models.stack import DecoderBlock
@@ -37,16 +37,6 @@ _KEPT_SIZES = 16
 """Numbers of tokens M for which buffers are kept."""
 _KEPT_TOKENS = 64
 """Larger calls, which are prefixes and not steps, are given theirs anew."""
-
-
-class Attend(Protocol):
-    """Attention of one sub-layer over what is kept of every token's row, into `out` [M, N, H]."""
-
-    def __call__(
-        self, layer: int, attention: Attention, q: Floats, new: tuple[Floats, Floats] | None, out: Floats
-    ) -> None:
-        """`new`: keys and values [M, K, H] of the tokens themselves; None for cross-attention."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -79,7 +69,7 @@ class Bound:
 
 
 class DecoderChain:
-    """Runs the decoder over M tokens.
+    """`DecoderRun` for any number of tokens.
 
     Args:
         model: whose weights are read; it stays what embeds tokens.
@@ -94,13 +84,7 @@ class DecoderChain:
 
     @torch.no_grad()
     def run(self, input_ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
-        """Logits float32 [M, V], in memory that the next call writes to.
-
-        Args:
-            input_ids: int64 [M].
-            positions: int64 [M].
-            attend: stores and reads keys and values.
-        """
+        """See `DecoderRun`."""
         decoder, n = self._model.decoder, len(input_ids)
         bound = self._bound_for(_size(n))
         torch.from_numpy(bound.x[:n]).copy_(decoder.embed_tokens(input_ids))
