@@ -37,7 +37,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from common import publish, result
+from common import command, commit, publish, result
 from inference_cases import MODELS, Arrival, Load, prepare
 from serving_figures import is_sustained, metrics, summary
 from serving_soak import soak, soak_metrics
@@ -62,6 +62,8 @@ def main() -> None:
         settings = {name: spec[name] for name in ("precision", "rows", "threads")} | {
             "model": options.model,
             "first_token_limit_s": options.first_token_limit,
+            "command": command(sys.orig_argv[1:]),  # of this part; the report's is that of the last
+            "commit": commit(),
         }
         failures: list[str] = []
         if options.soak is None or options.quick:
