@@ -156,6 +156,12 @@ def test_files_that_belong_together_are_equally_long(tmp_path):
         (gzip.compress(json.dumps(GOOD).encode() * 999)[:-20], "is a broken .gz file"),
         (gzip.compress(b"\n"), "has no examples"),
     ],
+    ids=[
+        "plain",
+        "not-utf8",
+        "cut",
+        "empty",
+    ],  # a gzip file has its second in it, and workers of a run must agree on names
 )
 def test_a_broken_file_is_named(content, message, tmp_path):
     write(tmp_path, CASES["piqa"])
